@@ -1,0 +1,131 @@
+package node
+
+import "net/netip"
+
+// The one version of the NodeConfig document so far.
+const (
+	APIVersion = "tkenode.io/v1alpha1"
+	Kind       = "NodeConfig"
+)
+
+// Config is the NodeConfig document: what a platform engineer puts in user-data.
+// bootstrap decodes it strictly, fills in defaults, validates and seals it; the
+// agent only reads the sealed form.
+type Config struct {
+	APIVersion string           `json:"apiVersion" yaml:"apiVersion"`
+	Kind       string           `json:"kind" yaml:"kind"`
+	Cluster    ClusterConfig    `json:"cluster" yaml:"cluster"`
+	Node       NodeSpec         `json:"node" yaml:"node"`
+	Network    NetworkConfig    `json:"network" yaml:"network"`
+	Disks      []DiskConfig     `json:"disks" yaml:"disks"`
+	Kubelet    KubeletConfig    `json:"kubelet" yaml:"kubelet"`
+	Containerd ContainerdConfig `json:"containerd" yaml:"containerd"`
+	Metrics    MetricsConfig    `json:"metrics" yaml:"metrics"`
+	Cloud      CloudConfig      `json:"cloud" yaml:"cloud"`
+}
+
+// ClusterConfig says which cluster the node joins, and how it is trusted.
+type ClusterConfig struct {
+	ID                   string `json:"id" yaml:"id"`                                     // cls-xxxxxxxx
+	Endpoint             string `json:"endpoint" yaml:"endpoint"`                         // https://host:port of the API server
+	CertificateAuthority string `json:"certificateAuthority" yaml:"certificateAuthority"` // PEM, or its base64
+	// BootstrapToken is used once, for the certificate request, and never sealed.
+	BootstrapToken Secret       `json:"-" yaml:"bootstrapToken"`
+	DNS            []netip.Addr `json:"dns,omitempty" yaml:"dns"`       // clusterDNS of the pods
+	Domain         string       `json:"domain,omitempty" yaml:"domain"` // default cluster.local
+	ServiceCIDR    netip.Prefix `json:"serviceCIDR,omitzero" yaml:"serviceCIDR"`
+}
+
+// NameFrom says what a Node is named after.
+type NameFrom string
+
+// Where a Node's name may come from.
+const (
+	NameFromPrivateIP  NameFrom = "privateIP" // the default, as TKE does
+	NameFromInstanceID NameFrom = "instanceID"
+	NameFromHostname   NameFrom = "hostname"
+)
+
+// NodeSpec describes the Node object that kubelet registers.
+type NodeSpec struct {
+	NameFrom NameFrom          `json:"nameFrom" yaml:"nameFrom"`
+	Labels   map[string]string `json:"labels,omitempty" yaml:"labels"`
+	Taints   []Taint           `json:"taints,omitempty" yaml:"taints"`
+}
+
+// Taint is a taint of the Node at registration.
+type Taint struct {
+	Key    string `json:"key" yaml:"key"`
+	Value  string `json:"value,omitempty" yaml:"value"`
+	Effect string `json:"effect" yaml:"effect"` // NoSchedule, PreferNoSchedule or NoExecute
+}
+
+// NetworkConfig says where the secondary ENIs, and so the pods' addresses, come from.
+type NetworkConfig struct {
+	SubnetIDs        []string `json:"subnetIDs" yaml:"subnetIDs"`               // subnets of the secondary ENIs, in order of preference
+	SecurityGroupIDs []string `json:"securityGroupIDs" yaml:"securityGroupIDs"` // of the secondary ENIs
+	ENIs             int      `json:"enis" yaml:"enis"`                         // secondary ENIs to hold; default 1
+	IPsPerENI        int      `json:"ipsPerENI" yaml:"ipsPerENI"`               // pod addresses to hold on each; default 8
+}
+
+// FileSystem is a file system that a disk may be formatted with.
+type FileSystem string
+
+// The file systems.
+const (
+	Ext4 FileSystem = "ext4"
+	XFS  FileSystem = "xfs"
+)
+
+// DiskConfig binds one CBS data disk to a directory.
+type DiskConfig struct {
+	DiskID     string     `json:"diskID,omitempty" yaml:"diskID"` // disk-xxxxxxxx, the disk's live serial; empty: the only data disk of the instance
+	FileSystem FileSystem `json:"fileSystem" yaml:"fileSystem"`   // default ext4
+	MountPoint string     `json:"mountPoint" yaml:"mountPoint"`   // absolute
+}
+
+// KubeletConfig overrides settings of kubelet.
+type KubeletConfig struct {
+	MaxPods int `json:"maxPods,omitempty" yaml:"maxPods"` // default: the pod addresses that Network holds
+	// Config is merged over ours; fields that tkenode must own are refused.
+	Config map[string]any `json:"config,omitempty" yaml:"config"`
+}
+
+// ContainerdConfig overrides settings of containerd.
+type ContainerdConfig struct {
+	Registries []Registry `json:"registries,omitempty" yaml:"registries"`
+}
+
+// Registry names the mirrors of an image registry, tried in order before it.
+type Registry struct {
+	Host    string   `json:"host" yaml:"host"` // ccr.ccs.tencentyun.com
+	Mirrors []string `json:"mirrors" yaml:"mirrors"`
+}
+
+// MetricsConfig says where metrics are pushed. Without an endpoint none are.
+type MetricsConfig struct {
+	Endpoint       string            `json:"endpoint,omitempty" yaml:"endpoint"` // remote write URL
+	Interval       Duration          `json:"interval" yaml:"interval"`           // default 15s
+	ExternalLabels map[string]string `json:"externalLabels,omitempty" yaml:"externalLabels"`
+}
+
+// CloudConfig says how to reach the cloud API. The defaults fit the public cloud.
+type CloudConfig struct {
+	// APIDomain is the domain under which each service's API lives, as in
+	// vpc.<APIDomain>; default internal.tencentcloudapi.com, which is reached
+	// from inside a VPC without a public address.
+	APIDomain            string `json:"apiDomain" yaml:"apiDomain"`
+	CertificateAuthority string `json:"certificateAuthority,omitempty" yaml:"certificateAuthority"` // PEM; empty: the system's
+}
+
+// Name returns the Node's name.
+func (c Config) Name(f Facts) string {
+	switch c.Node.NameFrom {
+	case NameFromInstanceID:
+		return f.InstanceID
+	case NameFromHostname:
+		return f.Hostname
+	default:
+		return f.PrivateIP.String()
+	}
+}

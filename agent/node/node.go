@@ -1,0 +1,49 @@
+// Package node is the vocabulary that every part of tkenode shares: the sealed
+// configuration of a node, the facts its cloud tells about it, plans and the
+// changes they list, conditions, and the three classes of errors.
+//
+// It holds no behaviour beyond printing and comparing itself, performs no I/O,
+// reads no clock and imports no other package of this module.
+package node
+
+import "time"
+
+// ConditionType names one thing that is either so or not so on this node.
+// RUNBOOK.md has a section for each.
+type ConditionType string
+
+// The conditions of a node, in the order in which a launch meets them.
+const (
+	ConfigSealed ConditionType = "ConfigSealed" // bootstrap accepted and sealed a NodeConfig
+	DisksReady   ConditionType = "DisksReady"   // every disk of the NodeConfig is mounted
+	RuntimeReady ConditionType = "RuntimeReady" // containerd runs and holds the baked images
+	NetworkReady ConditionType = "NetworkReady" // pods can be given VPC addresses
+	NodeJoined   ConditionType = "NodeJoined"   // kubelet's client certificate is on disk
+	KubeletReady ConditionType = "KubeletReady" // kubelet runs and answers its health check
+	NodeReady    ConditionType = "NodeReady"    // the API server reports the Node as Ready
+)
+
+// ConditionTypes lists every condition in launch order; the first one that is
+// not True is the one to look at.
+var ConditionTypes = [...]ConditionType{
+	ConfigSealed, DisksReady, RuntimeReady, NetworkReady, NodeJoined, KubeletReady, NodeReady,
+}
+
+// Status is the state of a condition, spelt as Kubernetes spells it.
+type Status string
+
+// The three states of a condition.
+const (
+	True    Status = "True"
+	False   Status = "False"
+	Unknown Status = "Unknown"
+)
+
+// Condition says whether one thing is so, since when, and why.
+type Condition struct {
+	Type    ConditionType `json:"type"`
+	Status  Status        `json:"status"`
+	Reason  string        `json:"reason"`  // CamelCase, stable, for machines
+	Message string        `json:"message"` // what is wrong, the evidence, what to do
+	Since   time.Time     `json:"since"`   // of Status, not of Reason or Message
+}
