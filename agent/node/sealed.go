@@ -1,0 +1,72 @@
+package node
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"time"
+)
+
+// Sealed is one generation of a node's configuration, as bootstrap accepted it:
+// decoded, defaulted, validated, and written once. The agent only reads it.
+type Sealed struct {
+	Generation int       `json:"generation"` // 1 is the first boot's
+	SealedAt   time.Time `json:"sealedAt"`
+	Digest     string    `json:"digest"` // "sha256:…" of Config and Facts
+	Config     Config    `json:"config"`
+	Facts      Facts     `json:"facts"`
+}
+
+// Seal returns the generation of cfg on the instance that f describes.
+func Seal(generation int, cfg Config, f Facts, at time.Time) (Sealed, error) {
+	s := Sealed{Generation: generation, SealedAt: at.UTC().Truncate(time.Second), Config: cfg, Facts: f}
+	digest, err := s.digest()
+	if err != nil {
+		return Sealed{}, err
+	}
+	s.Digest = digest
+	return s, nil
+}
+
+// Encode returns the file's content. The bootstrap token is not in it.
+func (s Sealed) Encode() ([]byte, error) {
+	b, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("encode generation %d: %w", s.Generation, err)
+	}
+	return append(b, '\n'), nil
+}
+
+// DecodeSealed reads what Encode wrote and refuses anything else: a file that
+// was cut off, edited by hand or damaged.
+func DecodeSealed(b []byte) (Sealed, error) {
+	var s Sealed
+	d := json.NewDecoder(bytes.NewReader(b))
+	if err := d.Decode(&s); err != nil {
+		return Sealed{}, fmt.Errorf("decode sealed configuration: %w", err)
+	}
+	digest, err := s.digest()
+	if err != nil {
+		return Sealed{}, err
+	}
+	if s.Digest != digest {
+		return Sealed{}, fmt.Errorf("decode sealed configuration: its digest is %q, its content's is %q", s.Digest, digest)
+	}
+	return s, nil
+}
+
+// digest is computed over the values, not over the file's bytes. Both pass
+// through JSON once more, so that numbers in free-form maps compare as read.
+func (s Sealed) digest() (string, error) {
+	b, err := json.Marshal(struct {
+		Config Config
+		Facts  Facts
+	}{s.Config, s.Facts})
+	if err != nil {
+		return "", fmt.Errorf("encode generation %d: %w", s.Generation, err)
+	}
+	sum := sha256.Sum256(b)
+	return "sha256:" + hex.EncodeToString(sum[:]), nil
+}
