@@ -1,0 +1,153 @@
+// Package reconcile is the one engine that runs every module of the agent: it
+// plans, applies, plans again, backs off, and says on a Board of conditions how
+// each instance stands.
+//
+// It knows nothing of networks, disks or units, and it never stops a module's
+// work because another one hangs. What a Module must keep is written at its
+// methods; what the engine keeps (the laws of ARCHITECTURE.md) is held by this
+// package's tests.
+package reconcile
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+// Module is one instance of something kept as it is wanted: a disk, a unit, the
+// pool of addresses, the paths in the kernel.
+type Module interface {
+	// Name is unique: "disk/disk-1a2b3c4d". It is the log scope and the name in
+	// `tkenode status`.
+	Name() string
+	// Condition is what the instance serves: True while its plan is empty.
+	Condition() node.ConditionType
+	// Needs lists conditions without which planning makes no sense. While one is
+	// unmet the instance is blocked, which is not an error.
+	Needs() []node.ConditionType
+	// Watch calls wake whenever the world may have changed. It returns only on
+	// failure or when ctx ends; after a failure the engine starts it anew and
+	// forces a full re-plan, because whatever it watched may have lost messages.
+	Watch(ctx context.Context, wake func()) error
+	// Plan observes, compares with what is wanted and mutates nothing.
+	// Plan.Again is honoured also beside an error.
+	Plan(ctx context.Context) (node.Plan, error)
+	// Apply carries p out, idempotently; it may be cut off after any step.
+	Apply(ctx context.Context, p node.Plan) error
+}
+
+// Limits of the engine. They are ours: long enough for a slow disk or a slow
+// cloud, short enough for somebody who waits in front of a screen.
+const (
+	planDeadline  = 30 * time.Second
+	applyDeadline = 2 * time.Minute
+	grace         = 5 * time.Second       // after a deadline, before the instance counts as stuck
+	gap           = 20 * time.Millisecond // between two plans of one instance: wakes coalesce
+	backoffMin    = 500 * time.Millisecond
+	backoffMax    = time.Minute
+	terminalRetry = 5 * time.Minute // a look whether the human has acted
+)
+
+// State is where an instance stands.
+type State string
+
+// The states of an instance.
+const (
+	Starting      State = "Starting"
+	Blocked       State = "Blocked"       // a needed condition is unmet
+	Applying      State = "Applying"      // changes are being made
+	Converged     State = "Converged"     // the plan is empty
+	Waiting       State = "Waiting"       // for something outside of this node
+	Failed        State = "Failed"        // see Class for whether it is retried
+	NotConverging State = "NotConverging" // the plan after a successful apply was not empty
+	Stuck         State = "Stuck"         // a plan or an apply has outlived its deadline
+)
+
+// InstanceStatus is how one instance stands.
+type InstanceStatus struct {
+	Name      string             `json:"name"`
+	Condition node.ConditionType `json:"condition"`
+	State     State              `json:"state"`
+	Since     time.Time          `json:"since"`
+	Reason    string             `json:"reason,omitempty"`
+	Message   string             `json:"message,omitempty"`
+	Class     string             `json:"class,omitempty"`   // of the error, if there is one
+	Changes   []string           `json:"changes,omitempty"` // being made, or that did not lead anywhere
+	NextTry   time.Time          `json:"nextTry,omitzero"`  // zero: when woken
+}
+
+// InstancePlan is what one instance would change now.
+type InstancePlan struct {
+	Name    string   `json:"name"`
+	Changes []string `json:"changes"`
+	Error   string   `json:"error,omitempty"`
+}
+
+// Engine runs modules.
+type Engine struct {
+	instances []*instance
+}
+
+// New returns an engine for modules, in the order in which they are shown.
+func New(log *slog.Logger, board *Board, modules ...Module) *Engine {
+	e := &Engine{}
+	for _, m := range modules {
+		in := &instance{
+			Module: m,
+			log:    log.With("module", m.Name()),
+			board:  board,
+			woken:  make(chan struct{}, 1),
+		}
+		in.set(InstanceStatus{State: Starting})
+		e.instances = append(e.instances, in)
+	}
+	return e
+}
+
+// Run runs every module until ctx ends and all of them have stopped. A module
+// that hangs in the kernel is left behind after a grace, so that the agent can
+// always be restarted.
+func (e *Engine) Run(ctx context.Context) {
+	var wg sync.WaitGroup
+	for _, in := range e.instances {
+		wg.Go(func() { in.watch(ctx) })
+		wg.Go(func() { in.run(ctx) })
+	}
+	wg.Wait()
+}
+
+// Wake makes the named instance plan soon; it reports whether there is one.
+func (e *Engine) Wake(name string) bool {
+	for _, in := range e.instances {
+		if in.Name() == name {
+			in.wake()
+			return true
+		}
+	}
+	return false
+}
+
+// Status returns how every instance stands.
+func (e *Engine) Status() []InstanceStatus {
+	out := make([]InstanceStatus, len(e.instances))
+	for i, in := range e.instances {
+		out[i] = in.status()
+	}
+	return out
+}
+
+// Plan plans every instance anew, all at once, and applies nothing.
+func (e *Engine) Plan(ctx context.Context) []InstancePlan {
+	ctx, cancel := context.WithTimeout(ctx, planDeadline)
+	defer cancel()
+	out := make([]InstancePlan, len(e.instances))
+	var wg sync.WaitGroup
+	for i, in := range e.instances {
+		wg.Go(func() { out[i] = in.planNow(ctx) })
+	}
+	wg.Wait()
+	return out
+}
