@@ -67,7 +67,8 @@ func (in *instance) run(ctx context.Context) {
 // rest waits at least floor and then for a wake, at most until ceiling (zero:
 // without end), or until what the instance needs is lost.
 func (in *instance) rest(ctx context.Context, floor, ceiling time.Duration) {
-	sleep(ctx, max(floor, gap))
+	floor = max(floor, gap)
+	sleep(ctx, floor)
 	var timeout <-chan time.Time
 	if ceiling > 0 {
 		t := time.NewTimer(max(ceiling-floor, 0))

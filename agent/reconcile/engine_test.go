@@ -1,0 +1,398 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+// thing is a module over a value in memory: it wants done to be true.
+type thing struct {
+	name  string
+	cond  node.ConditionType
+	needs []node.ConditionType
+
+	mu      sync.Mutex // guards the rest
+	done    bool
+	sticky  bool // Apply has no effect
+	plans   []time.Time
+	applies int
+	planErr error
+	again   time.Duration
+	onPlan  func(context.Context)
+	onApply func(context.Context) error
+	watch   func(context.Context, func()) error
+}
+
+func (m *thing) Name() string                  { return m.name }
+func (m *thing) Condition() node.ConditionType { return m.cond }
+func (m *thing) Needs() []node.ConditionType   { return m.needs }
+
+func (m *thing) Watch(ctx context.Context, wake func()) error {
+	if m.watch != nil {
+		return m.watch(ctx, wake)
+	}
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+func (m *thing) Plan(ctx context.Context) (node.Plan, error) {
+	if m.onPlan != nil {
+		m.onPlan(ctx)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.plans = append(m.plans, time.Now())
+	p := node.Plan{Again: m.again}
+	if m.planErr != nil {
+		return p, m.planErr
+	}
+	if !m.done {
+		p.Add(func(ctx context.Context) error {
+			m.mu.Lock()
+			m.applies++
+			m.done = !m.sticky
+			m.mu.Unlock()
+			if m.onApply != nil {
+				return m.onApply(ctx)
+			}
+			return nil
+		}, "set %s", m.name)
+	}
+	return p, nil
+}
+
+func (m *thing) Apply(ctx context.Context, p node.Plan) error { return p.Apply(ctx) }
+
+func (m *thing) set(f func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	f()
+}
+
+func (m *thing) planned() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.plans)
+}
+
+// run starts an engine in the bubble of the test; stop ends it and waits.
+func run(t *testing.T, modules ...Module) (e *Engine, b *Board, stop func()) {
+	t.Helper()
+	b = NewBoard()
+	e = New(slog.New(slog.DiscardHandler), b, modules...)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() { e.Run(ctx); close(ended) }()
+	return e, b, func() { cancel(); <-ended }
+}
+
+func state(t *testing.T, e *Engine, name string) InstanceStatus {
+	t.Helper()
+	for _, st := range e.Status() {
+		if st.Name == name {
+			return st
+		}
+	}
+	t.Fatalf("no instance %s", name)
+	return InstanceStatus{}
+}
+
+func settle(d time.Duration) { time.Sleep(d); synctest.Wait() }
+
+func TestConvergedMeansAnEmptyPlan(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &thing{name: "a", cond: node.DisksReady}
+		e, b, stop := run(t, m)
+		defer stop()
+		settle(time.Second)
+		if st := state(t, e, "a"); st.State != Converged || m.applies != 1 || m.planned() != 2 {
+			t.Errorf("state %s after %d applies and %d plans, want Converged after 1 and 2", st.State, m.applies, m.planned())
+		}
+		if unmet, _ := b.Unmet(node.DisksReady); len(unmet) != 0 {
+			t.Errorf("unmet: %v", unmet)
+		}
+		if p := e.Plan(t.Context()); len(p[0].Changes) != 0 || p[0].Error != "" {
+			t.Errorf("plan of a converged instance: %+v", p[0])
+		}
+	})
+}
+
+func TestLaw1NotConvergingShowsBothPlans(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &thing{name: "a", cond: node.DisksReady, sticky: true}
+		e, b, stop := run(t, m)
+		defer stop()
+		settle(10 * time.Millisecond)
+		st := state(t, e, "a")
+		if st.State != NotConverging || strings.Join(st.Changes, "|") != "applied: set a|left: set a" {
+			t.Fatalf("state %s, changes %q", st.State, st.Changes)
+		}
+		if c, _ := b.Unmet(node.DisksReady); len(c) != 1 || c[0].Reason != "NotConverging" {
+			t.Errorf("condition %v", c)
+		}
+		settle(10 * time.Minute)
+		if m.applies > 20 {
+			t.Errorf("applied %d times in 10 minutes: no back-off", m.applies)
+		}
+		m.set(func() { m.sticky = false })
+		settle(2 * time.Minute)
+		if st := state(t, e, "a"); st.State != Converged {
+			t.Errorf("state %s once the cause is gone", st.State)
+		}
+	})
+}
+
+func TestLaw2FailedWatchForcesAPlan(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fail := make(chan struct{})
+		m := &thing{name: "a", cond: node.DisksReady}
+		m.watch = func(ctx context.Context, wake func()) error {
+			select {
+			case <-fail:
+				return errors.New("no buffer space available")
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		_, _, stop := run(t, m)
+		defer stop()
+		settle(time.Second)
+		before := m.planned()
+		m.set(func() { m.done = false }) // a change whose message was lost
+		fail <- struct{}{}
+		settle(time.Second)
+		if m.planned() == before || !m.done {
+			t.Errorf("not planned again after the watch failed")
+		}
+		fail <- struct{}{} // the watch is running again
+	})
+}
+
+func TestLaw3WakesCoalesce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &thing{name: "a", cond: node.DisksReady}
+		e, _, stop := run(t, m)
+		defer stop()
+		settle(time.Second)
+		before := m.planned()
+		for range 1000 {
+			e.Wake("a")
+		}
+		settle(time.Second)
+		if n := m.planned() - before; n < 1 || n > 2 {
+			t.Errorf("1000 wakes caused %d plans", n)
+		}
+		if e.Wake("nobody") {
+			t.Error("woke an instance that is not there")
+		}
+	})
+}
+
+func TestLaw4BackoffIsPerInstanceJitteredAndReset(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		bad := &thing{name: "bad", cond: node.DisksReady, planErr: errors.New("timeout")}
+		good := &thing{name: "good", cond: node.NetworkReady}
+		e, _, stop := run(t, bad, good)
+		defer stop()
+		settle(30 * time.Minute)
+		if st := state(t, e, "good"); st.State != Converged {
+			t.Errorf("good is %s beside a failing instance", st.State)
+		}
+		n := bad.planned()
+		if n < 30 || n > 75 { // a minute at most, half of it at least, between tries
+			t.Errorf("%d tries in 30 minutes", n)
+		}
+		var gaps []time.Duration
+		for i := n - 5; i < n; i++ {
+			gaps = append(gaps, bad.plans[i].Sub(bad.plans[i-1]))
+		}
+		same := true
+		for _, g := range gaps {
+			same = same && g == gaps[0]
+		}
+		if same {
+			t.Errorf("no jitter: %v", gaps)
+		}
+		bad.set(func() { bad.planErr = nil })
+		settle(2 * time.Minute)
+		bad.set(func() { bad.planErr = errors.New("again"); bad.done = false })
+		before := bad.planned()
+		e.Wake("bad")
+		settle(1500 * time.Millisecond)
+		if got := bad.planned() - before; got < 2 {
+			t.Errorf("%d tries in the first 1.5 s: the back-off was not reset by success", got)
+		}
+	})
+}
+
+func TestLaw4AWakeDoesNotShortenTheBackoff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &thing{name: "a", cond: node.DisksReady, planErr: errors.New("refused")}
+		m.watch = func(ctx context.Context, wake func()) error {
+			for ctx.Err() == nil {
+				wake()
+				sleep(ctx, time.Millisecond)
+			}
+			return ctx.Err()
+		}
+		_, _, stop := run(t, m)
+		defer stop()
+		settle(5 * time.Minute)
+		if n := m.planned(); n > 25 {
+			t.Errorf("%d tries in 5 minutes under a storm of wakes", n)
+		}
+	})
+}
+
+func TestLaw5DeadlineAndStuck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		hung := &thing{name: "hung", cond: node.DisksReady}
+		hung.onApply = func(context.Context) error { <-release; return nil } // deaf to its context
+		slow := &thing{name: "slow", cond: node.RuntimeReady}
+		slow.onApply = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+		good := &thing{name: "good", cond: node.NetworkReady}
+		e, b, stop := run(t, hung, slow, good)
+		defer stop()
+		settle(applyDeadline + grace + time.Second)
+		if st := state(t, e, "hung"); st.State != Stuck || !strings.Contains(st.Message, "apply has not returned") {
+			t.Errorf("hung is %s: %s", st.State, st.Message)
+		}
+		if c, _ := b.Unmet(node.DisksReady); len(c) != 1 || c[0].Status != node.Unknown {
+			t.Errorf("condition of the stuck instance: %v", c)
+		}
+		if slow.applies == 0 || state(t, e, "slow").State == Stuck {
+			t.Errorf("slow is %s", state(t, e, "slow").State)
+		}
+		if st := state(t, e, "good"); st.State != Converged {
+			t.Errorf("good is %s beside a hung instance", st.State)
+		}
+		close(release)
+		settle(time.Second)
+		if st := state(t, e, "hung"); st.State != Converged {
+			t.Errorf("hung is %s after it was released", st.State)
+		}
+	})
+}
+
+func TestLaw5TheEngineEndsBesideAHungInstance(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		m := &thing{name: "hung", cond: node.DisksReady}
+		m.onPlan = func(context.Context) { <-release }
+		_, _, stop := run(t, m)
+		settle(time.Second)
+		started := time.Now()
+		stop()
+		if took := time.Since(started); took > grace+time.Second {
+			t.Errorf("the engine took %s to end", took)
+		}
+		close(release)
+	})
+}
+
+func TestLaw6Classes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		waiting := &thing{name: "waiting", cond: node.NetworkReady,
+			planErr: node.Waiting("Attaching", "eni-1 is being attached"), again: 700 * time.Millisecond}
+		terminal := &thing{name: "terminal", cond: node.DisksReady,
+			planErr: node.Terminal("Foreign", "detach it", errors.New("disk-1 holds an xfs file system"))}
+		e, _, stop := run(t, waiting, terminal)
+		defer stop()
+		settle(time.Hour)
+		st := state(t, e, "waiting")
+		if st.State != Waiting || st.Reason != "Attaching" || st.Class != "waiting" {
+			t.Errorf("waiting: %+v", st)
+		}
+		if gap := waiting.plans[5].Sub(waiting.plans[4]); gap != 700*time.Millisecond {
+			t.Errorf("Plan.Again of 700ms became %s", gap)
+		}
+		st = state(t, e, "terminal")
+		if st.State != Failed || st.Reason != "Foreign" || st.Message != "disk-1 holds an xfs file system; detach it" {
+			t.Errorf("terminal: %+v", st)
+		}
+		if n := terminal.planned(); n > 14 {
+			t.Errorf("a terminal error was retried %d times in an hour", n)
+		}
+		waiting.set(func() { waiting.planErr = nil; waiting.again = 0 })
+		settle(time.Second)
+		if st := state(t, e, "waiting"); st.State != Converged {
+			t.Errorf("waiting is %s once there is nothing to wait for", st.State)
+		}
+	})
+}
+
+func TestBlockedIsNotAnError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &thing{name: "a", cond: node.RuntimeReady, needs: []node.ConditionType{node.DisksReady}}
+		e, b, stop := run(t, m)
+		defer stop()
+		settle(time.Hour)
+		if st := state(t, e, "a"); st.State != Blocked || m.planned() != 0 || st.Class != "" {
+			t.Fatalf("%+v after %d plans", st, m.planned())
+		}
+		if p := e.Plan(t.Context()); !strings.Contains(p[0].Error, "blocked by DisksReady") {
+			t.Errorf("plan: %+v", p[0])
+		}
+		b.Set("test", node.DisksReady, node.True, "Converged", "")
+		settle(50 * time.Millisecond)
+		if st := state(t, e, "a"); st.State != Converged {
+			t.Fatalf("%s once the need is met", st.State)
+		}
+		b.Set("test", node.DisksReady, node.False, "Gone", "")
+		settle(50 * time.Millisecond)
+		if st := state(t, e, "a"); st.State != Blocked || st.Message != "blocked by DisksReady, which is False (Gone)" {
+			t.Errorf("%+v once the need is lost", st)
+		}
+	})
+}
+
+func TestPlanAgainWithoutAWake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &thing{name: "a", cond: node.NetworkReady, done: true, again: 30 * time.Second}
+		_, _, stop := run(t, m)
+		defer stop()
+		settle(5*time.Minute + time.Second)
+		if n := m.planned(); n != 11 {
+			t.Errorf("%d plans in 5 minutes with Again of 30 s, want 11", n)
+		}
+	})
+}
+
+func TestBoard(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := NewBoard()
+		b.Set("disk/1", node.DisksReady, node.True, "Converged", "")
+		b.Set("disk/2", node.DisksReady, node.False, "Absent", "disk-2 is not attached")
+		first := b.Conditions()[1]
+		if first.Status != node.False || first.Message != "disk-2 is not attached" {
+			t.Errorf("two sources: %+v", first)
+		}
+		_, changed := b.Unmet()
+		settle(time.Minute)
+		b.Set("disk/2", node.DisksReady, node.False, "Foreign", "")
+		select {
+		case <-changed:
+		default:
+			t.Error("no notice of a change of reason")
+		}
+		if c := b.Conditions()[1]; c.Since != first.Since || c.Reason != "Foreign" {
+			t.Errorf("since moved without a transition: %+v", c)
+		}
+		b.Set("disk/2", node.DisksReady, node.True, "Converged", "")
+		if c := b.Conditions()[1]; c.Status != node.True || c.Since == first.Since {
+			t.Errorf("both True: %+v", c)
+		}
+		if c := b.Conditions()[0]; c.Status != node.Unknown {
+			t.Errorf("nobody spoke of %s: %+v", c.Type, c)
+		}
+	})
+}
