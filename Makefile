@@ -1,0 +1,51 @@
+# Every target is one line that calls a program; `make help` lists them.
+SHELL := /bin/bash
+GO    ?= go
+SUDO  := $(if $(filter 0,$(shell id -u)),,sudo)
+LAB   := bin/tkelab
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo down test test-unit test-kernel test-node check fmt bench bench-boot clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+setup: ## install what the other targets need (Debian packages; asks for root only if some are missing)
+	@packaging/setup
+
+build: ## build the binaries into bin/
+	$(GO) build -trimpath -o bin/ ./cmd/tkelab
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags='-s -w' -o bin/ ./cmd/tkenode ./cmd/tke-eni
+
+demo: setup build ## launch a node in the lab and run a pod on it
+	@$(LAB) demo
+
+down: ## stop the lab that demo left running
+	@$(LAB) down
+
+test: setup build test-unit test-kernel test-node ## all three tiers
+
+test-unit: ## pure code, goldens, fuzz seeds; no root
+	$(GO) test -race ./...
+
+test-kernel: setup ## network namespaces, loop devices, real mkfs; root
+	$(GO) test -tags kernel -count=1 -run '^TestKernel' -exec '$(strip $(SUDO) -E)' ./...
+
+test-node: setup build ## the shipped image in a virtual machine, with a real control plane
+	@$(LAB) build
+	$(GO) test -tags node -count=1 -p 1 -timeout 40m -run '^TestNode' ./...
+
+check: ## what CI checks before the tests: format, vet, lint, vulnerabilities
+	@packaging/check
+
+fmt: ## format the code
+	gofmt -w $$(git ls-files '*.go')
+
+bench: bench-boot ## every benchmark
+
+bench-boot: setup build ## power-on to Ready against a hand-written node, in pairs
+	@$(LAB) build
+	@$(LAB) bench boot
+
+clean: ## remove what was built here (the cache stays: ~/.cache/tkenode)
+	rm -rf bin out
