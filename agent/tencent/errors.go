@@ -1,0 +1,104 @@
+package tencent
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+// APIError is a refusal by the cloud API. Client returns it inside a
+// *node.Error, so node.ClassOf and errors.As both see it.
+type APIError struct {
+	Service   string // vpc
+	Action    string // AttachNetworkInterface
+	Code      string // UnsupportedOperation.InvalidState
+	Message   string
+	RequestID string
+}
+
+func (e *APIError) Error() string {
+	return fmt.Sprintf("%s %s: %s: %s (request %s)", e.Service, e.Action, e.Code, e.Message, e.RequestID)
+}
+
+// Codes that a caller branches on.
+const (
+	CodeAttachmentAlreadyExists = "UnsupportedOperation.AttachmentAlreadyExists"
+	CodeAttachmentNotFound      = "UnsupportedOperation.AttachmentNotFound"
+	CodeIdempotentProcessing    = "UnsupportedOperation.IdempotentProcessing"
+	CodeMutexTaskRunning        = "UnsupportedOperation.MutexOperationTaskRunning"
+	CodeNotFound                = "ResourceNotFound"
+	CodeSubnetExhausted         = "ResourceInsufficient.Subnet"
+	CodeThrottled               = "RequestLimitExceeded"
+)
+
+// HasCode reports whether the code is code or a more exact form of it, as
+// LimitExceeded.ActionLimited is of LimitExceeded.
+func (e *APIError) HasCode(code string) bool {
+	return e.Code == code || strings.HasPrefix(e.Code, code+".")
+}
+
+// verdict says what codes that start with a prefix mean for the agent.
+type verdict struct {
+	code   string // the code, or what it starts with before a "."
+	class  node.Class
+	reason string
+	fix    string
+}
+
+// verdicts is searched from the top: an exact code stands before the code that
+// it refines. A code that is not listed is transient.
+// Source: the error codes that tencentcloud-sdk-go lists at each action
+// (vpc/v20170312/client.go, cbs/v20170312/client.go), and the common ones of
+// https://cloud.tencent.com/document/api/215/15693
+var verdicts = []verdict{
+	{"RequestLimitExceeded", node.ClassTransient, "Throttled", ""},
+	{"LimitExceeded.ActionLimited", node.ClassTransient, "Throttled", ""},
+	{"UnsupportedOperation.MutexOperationTaskRunning", node.ClassWaiting, "TaskRunning", ""},
+	{"OperationDenied.MutexTaskRunning", node.ClassWaiting, "TaskRunning", ""},
+	{"UnsupportedOperation.IdempotentProcessing", node.ClassWaiting, "TaskRunning", ""},
+	{"UnsupportedOperation.InvalidState", node.ClassWaiting, "WrongState", ""},
+	{"UnsupportedOperation.ResourceIsInvalidState", node.ClassWaiting, "WrongState", ""},
+	{"ResourceInsufficient.Subnet", node.ClassWaiting, "SubnetExhausted", "add a subnet to network.subnetIDs, or free addresses of this one"},
+	{"ResourceInsufficient", node.ClassWaiting, "ResourceInsufficient", ""},
+	// What is already so, or no longer there, is seen by the next plan.
+	{"UnsupportedOperation.AttachmentAlreadyExists", node.ClassTransient, "AlreadyAttached", ""},
+	{"UnsupportedOperation.AttachmentNotFound", node.ClassTransient, "NotAttached", ""},
+	{"ResourceBusy", node.ClassTransient, "Busy", ""},
+	{"InvalidDisk.Busy", node.ClassTransient, "Busy", ""},
+	{"TradeDealConflict", node.ClassTransient, "Busy", ""},
+	// The credentials have rotated under the request; Client has dropped them.
+	{"AuthFailure.TokenFailure", node.ClassTransient, "CredentialsExpired", ""},
+	{"AuthFailure.InvalidSecretId", node.ClassTransient, "CredentialsExpired", ""},
+	{"AuthFailure.SecretIdNotFound", node.ClassTransient, "CredentialsExpired", ""},
+	{"AuthFailure.SignatureExpire", node.ClassWaiting, "ClockSkewed", "the clock of this node differs from the cloud's by more than 5 min: check NTP (timedatectl)"},
+	{"AuthFailure", node.ClassTerminal, "Unauthorized", "give the instance's CAM role the policy of tkenode"},
+	{"UnauthorizedOperation", node.ClassTerminal, "Unauthorized", "give the instance's CAM role the policy of tkenode"},
+	{"LimitExceeded", node.ClassTerminal, "QuotaExceeded", "raise the quota, or hold fewer in the NodeConfig"},
+	{"UnsupportedOperation", node.ClassTerminal, "Unsupported", ""},
+	{"InvalidParameter", node.ClassTerminal, "InvalidRequest", ""},
+	{"InvalidParameterValue", node.ClassTerminal, "InvalidRequest", ""},
+	{"MissingParameter", node.ClassTerminal, "InvalidRequest", ""},
+	{"UnknownParameter", node.ClassTerminal, "InvalidRequest", ""},
+	{"InvalidAction", node.ClassTerminal, "InvalidRequest", ""},
+	{"InvalidAccount", node.ClassTerminal, "InvalidAccount", "check the account's balance"},
+}
+
+func (e *APIError) verdict() verdict {
+	for _, v := range verdicts {
+		if e.HasCode(v.code) {
+			return v
+		}
+	}
+	reason, _, _ := strings.Cut(e.Code, ".")
+	return verdict{class: node.ClassTransient, reason: reason}
+}
+
+// Class says what to do about the refusal.
+func (e *APIError) Class() node.Class { return e.verdict().class }
+
+// classed wraps e with its class, reason and advice.
+func (e *APIError) classed() error {
+	v := e.verdict()
+	return &node.Error{Class: v.class, Reason: v.reason, Fix: v.fix, Err: e}
+}

@@ -1,0 +1,55 @@
+package tencent
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+func TestAPIErrorClass(t *testing.T) {
+	for code, want := range map[string]struct {
+		class  node.Class
+		reason string
+	}{
+		"RequestLimitExceeded":                             {node.ClassTransient, "Throttled"},
+		"RequestLimitExceeded.UinLimitExceeded":            {node.ClassTransient, "Throttled"},
+		"LimitExceeded.ActionLimited":                      {node.ClassTransient, "Throttled"},
+		"LimitExceeded":                                    {node.ClassTerminal, "QuotaExceeded"},
+		"LimitExceeded.NetworkInterfaceLimitExceeded":      {node.ClassTerminal, "QuotaExceeded"},
+		"UnsupportedOperation.InvalidState":                {node.ClassWaiting, "WrongState"},
+		"UnsupportedOperation.MutexOperationTaskRunning":   {node.ClassWaiting, "TaskRunning"},
+		"UnsupportedOperation.IdempotentProcessing":        {node.ClassWaiting, "TaskRunning"},
+		"UnsupportedOperation.AttachmentAlreadyExists":     {node.ClassTransient, "AlreadyAttached"},
+		"UnsupportedOperation.IdempotentParameterMismatch": {node.ClassTerminal, "Unsupported"},
+		"UnsupportedOperation.ZoneMismatch":                {node.ClassTerminal, "Unsupported"},
+		"ResourceInsufficient.Subnet":                      {node.ClassWaiting, "SubnetExhausted"},
+		"AuthFailure.SignatureFailure":                     {node.ClassTerminal, "Unauthorized"},
+		"AuthFailure.SignatureExpire":                      {node.ClassWaiting, "ClockSkewed"},
+		"AuthFailure.TokenFailure":                         {node.ClassTransient, "CredentialsExpired"},
+		"UnauthorizedOperation":                            {node.ClassTerminal, "Unauthorized"},
+		"InternalError.ModuleError":                        {node.ClassTransient, "InternalError"},
+		"ResourceNotFound":                                 {node.ClassTransient, "ResourceNotFound"},
+		"SomethingNew":                                     {node.ClassTransient, "SomethingNew"},
+	} {
+		e := &APIError{Service: "vpc", Action: "X", Code: code}
+		err := fmt.Errorf("wrapped: %w", e.classed())
+		if got := node.ClassOf(err); got != want.class || e.Class() != want.class {
+			t.Errorf("class of %s = %s, want %s", code, got, want.class)
+		}
+		if got := node.ReasonOf(err, ""); got != want.reason {
+			t.Errorf("reason of %s = %s, want %s", code, got, want.reason)
+		}
+		if as, ok := errors.AsType[*APIError](err); !ok || as != e {
+			t.Errorf("%s is not to be found in its error", code)
+		}
+	}
+}
+
+func TestHasCode(t *testing.T) {
+	e := &APIError{Code: "LimitExceeded.ActionLimited"}
+	if !e.HasCode("LimitExceeded") || !e.HasCode("LimitExceeded.ActionLimited") || e.HasCode("Limit") {
+		t.Error("HasCode does not go by the dots of a code")
+	}
+}
