@@ -1,0 +1,143 @@
+package api
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/pprof"
+
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+// access says who may use a route.
+type access int
+
+const (
+	read  access = iota // root and members of Group
+	write               // root
+)
+
+// Route is one row of the table that the server and the manual are made from.
+type Route struct {
+	Method string
+	Path   string
+	Help   string // one line
+	access access
+	serve  func(*Server, http.ResponseWriter, *http.Request) error
+}
+
+// Root reports whether only root may use the route.
+func (r Route) Root() bool { return r.access == write }
+
+// Routes is everything that the socket answers to, sorted by path.
+var Routes = []Route{
+	{"GET", "/debug/pprof/", "the runtime's profiles, by name", write, profile(pprof.Index)},
+	{"GET", "/debug/pprof/profile", "a CPU profile of ?seconds=", write, profile(pprof.Profile)},
+	{"GET", "/debug/pprof/trace", "an execution trace of ?seconds=", write, profile(pprof.Trace)},
+	{"GET", "/metrics", "what is pushed, in Prometheus' text format", read, (*Server).metrics},
+	{"GET", "/v1/boot", "the ledger of this boot", read, (*Server).boot},
+	{"GET", "/v1/config", "the sealed configuration, secrets left out", read, (*Server).config},
+	{"GET", "/v1/facts", "what the metadata service said of this instance", read, (*Server).facts},
+	{"GET", "/v1/plan", "what every instance would change now", read, (*Server).plan},
+	{"GET", "/v1/status", "conditions and instances", read, (*Server).status},
+	{"POST", "/v1/wake", `have {"instance": "disk/disk-1a2b3c4d"}, or {} all, look again`, write, (*Server).wake},
+}
+
+// errUnsealed is answered to questions about a configuration that is not there.
+var errUnsealed = &httpError{http.StatusNotFound, "no configuration is sealed yet"}
+
+func (s *Server) status(w http.ResponseWriter, _ *http.Request) error {
+	st := Status{
+		Version:    s.source.Version,
+		Now:        now(),
+		Started:    s.started,
+		Conditions: s.source.Conditions(),
+		Instances:  s.source.Instances(),
+	}
+	for i, c := range st.Conditions {
+		if c.Status != node.True {
+			st.Unmet = &st.Conditions[i]
+			break
+		}
+	}
+	if sealed, ok := s.source.Sealed(); ok {
+		st.Node = &Identity{
+			Name:       sealed.Config.Name(sealed.Facts),
+			InstanceID: sealed.Facts.InstanceID,
+			Cluster:    sealed.Config.Cluster.ID,
+			Zone:       sealed.Facts.Zone,
+			Generation: sealed.Generation,
+		}
+	}
+	return respond(w, st)
+}
+
+func (s *Server) plan(w http.ResponseWriter, r *http.Request) error {
+	return respond(w, Plan{Instances: s.source.Plan(r.Context())})
+}
+
+func (s *Server) config(w http.ResponseWriter, _ *http.Request) error {
+	sealed, ok := s.source.Sealed()
+	if !ok {
+		return errUnsealed
+	}
+	return respond(w, sealed)
+}
+
+func (s *Server) facts(w http.ResponseWriter, _ *http.Request) error {
+	sealed, ok := s.source.Sealed()
+	if !ok {
+		return errUnsealed
+	}
+	return respond(w, sealed.Facts)
+}
+
+func (s *Server) boot(w http.ResponseWriter, _ *http.Request) error {
+	return respond(w, s.source.Boot())
+}
+
+func (s *Server) metrics(w http.ResponseWriter, r *http.Request) error {
+	s.source.Metrics.ServeHTTP(w, r)
+	return nil
+}
+
+func (s *Server) wake(w http.ResponseWriter, r *http.Request) error {
+	var body Wake
+	if err := decode(w, r, &body); err != nil {
+		return err
+	}
+	var woken []string
+	for _, in := range s.source.Instances() {
+		if (body.Instance == "" || body.Instance == in.Name) && s.source.Wake(in.Name) {
+			woken = append(woken, in.Name)
+		}
+	}
+	if body.Instance != "" && len(woken) == 0 {
+		return &httpError{http.StatusNotFound, fmt.Sprintf("there is no instance %q", body.Instance)}
+	}
+	return respond(w, map[string][]string{"woken": woken})
+}
+
+// profile serves one of net/http/pprof's handlers.
+func profile(h http.HandlerFunc) func(*Server, http.ResponseWriter, *http.Request) error {
+	return func(_ *Server, w http.ResponseWriter, r *http.Request) error {
+		h(w, r)
+		return nil
+	}
+}
+
+// httpError is an error with the status code to answer it with.
+type httpError struct {
+	code int
+	text string
+}
+
+func (e *httpError) Error() string { return e.text }
+
+// codeOf returns the status code for err; an error that has none is ours.
+func codeOf(err error) int {
+	if e, ok := errors.AsType[*httpError](err); ok {
+		return e.code
+	}
+	return http.StatusInternalServerError
+}
