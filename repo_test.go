@@ -65,14 +65,15 @@ func TestEveryPackageHasOneDoc(t *testing.T) {
 var mayImport = map[string][]string{
 	"agent/node":      {},
 	"agent/reconcile": {"agent/node"},
-	"agent/eni":       {"agent/node"},
+	"agent/eni":       {"agent/node", "agent/tencent", "agent/eni/cni"},
+	"agent/eni/cni":   {},
 	"agent/disk":      {"agent/node"},
 	"agent/unit":      {"agent/node"},
 	"agent/kube":      {"agent/node"},
 	"agent/metrics":   {"agent/node"},
 	"agent/tencent":   {"agent/node"},
 	"agent/api":       {"agent/node", "agent/reconcile"},
-	"bootstrap":       {"agent/node"},
+	"bootstrap":       {"agent/node", "bootstrap/nodeconfig"},
 	"lab/vpc":         {},
 	"lab/proc":        {},
 }
