@@ -20,7 +20,7 @@ import (
 	"strings"
 )
 
-//go:embed systemd sysusers.d debian
+//go:embed systemd sysusers.d man completions debian
 var files embed.FS
 
 // file is one file of the package. Exactly one of data, source and link is set.

@@ -142,7 +142,11 @@ func TestTree(t *testing.T) {
 		"/usr/lib/systemd/system/tkenode-bootstrap.service",
 		"/usr/lib/systemd/system/tkenode-cni.socket",
 		"/usr/lib/sysusers.d/tkenode.conf",
+		"/usr/share/bash-completion/completions/tkenode",
 		"/usr/share/doc/tkenode/copyright",
+		"/usr/share/fish/vendor_completions.d/tkenode.fish",
+		"/usr/share/man/man8/tkenode.8.gz",
+		"/usr/share/zsh/vendor-completions/_tkenode",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("package holds\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))

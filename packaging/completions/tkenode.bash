@@ -1,0 +1,23 @@
+# Made by go generate from the table of commands; do not edit.
+_tkenode() {
+	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words=
+	if [ "$prev" = -o ]; then
+		words="text json"
+	elif [ "$COMP_CWORD" = 1 ]; then
+		words="status plan boot wake config version help"
+	else
+		case "${COMP_WORDS[1]} ${COMP_WORDS[2]}" in
+		"status "*) words="-o --watch" ;;
+		"plan "*) words="-o" ;;
+		"boot "*) words="-o" ;;
+		"config "*) [ "$COMP_CWORD" = 2 ] && words="show" ;;
+		"help "*) words="status plan boot wake config version help" ;;
+		esac
+	fi
+	if [ -n "$words" ]; then
+		mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
+	else
+		mapfile -t COMPREPLY < <(compgen -f -- "$cur")
+	fi
+}
+complete -F _tkenode tkenode

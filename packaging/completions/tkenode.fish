@@ -1,0 +1,13 @@
+# Made by go generate from the table of commands; do not edit.
+complete -c tkenode -f -n __fish_use_subcommand -a status -d 'how the node stands, and what to look at first'
+complete -c tkenode -f -n __fish_use_subcommand -a plan -d 'what the agent would change now'
+complete -c tkenode -f -n __fish_use_subcommand -a boot -d 'what took how long in this boot'
+complete -c tkenode -f -n __fish_use_subcommand -a wake -d 'have one instance, or all of them, look again now'
+complete -c tkenode -f -n __fish_use_subcommand -a config -d 'show'
+complete -c tkenode -f -n '__fish_seen_subcommand_from config' -a show -d 'the sealed configuration, and the facts sealed with it'
+complete -c tkenode -f -n __fish_use_subcommand -a version -d 'the version of this program'
+complete -c tkenode -f -n __fish_use_subcommand -a help -d 'what there is, or what a command does'
+complete -c tkenode -n '__fish_seen_subcommand_from status' -s o -x -a 'text json' -d 'output format: text or json'
+complete -c tkenode -n '__fish_seen_subcommand_from status' -l watch -d 'draw it anew every second'
+complete -c tkenode -n '__fish_seen_subcommand_from plan' -s o -x -a 'text json' -d 'output format: text or json'
+complete -c tkenode -n '__fish_seen_subcommand_from boot' -s o -x -a 'text json' -d 'output format: text or json'

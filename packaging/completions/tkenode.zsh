@@ -1,0 +1,28 @@
+#compdef tkenode
+# Made by go generate from the table of commands; do not edit.
+
+if (( CURRENT == 2 )); then
+	local -a words=(
+		'status:how the node stands, and what to look at first'
+		'plan:what the agent would change now'
+		'boot:what took how long in this boot'
+		'wake:have one instance, or all of them, look again now'
+		'config:show'
+		'version:the version of this program'
+		'help:what there is, or what a command does'
+	)
+	_describe command words
+	return
+fi
+if [[ $words[CURRENT-1] == -o ]]; then
+	compadd text json
+	return
+fi
+case "$words[2] $words[3]" in
+"status "*) compadd -- -o --watch ;;
+"plan "*) compadd -- -o ;;
+"boot "*) compadd -- -o ;;
+"config "*) (( CURRENT == 3 )) && compadd show || _files ;;
+"help "*) compadd status plan boot wake config version help ;;
+*) _files ;;
+esac
