@@ -66,6 +66,7 @@ func (n *Network) dhcpReply(p *port, request *dhcpv4.DHCPv4) (*dhcpv4.DHCPv4, er
 	dns := []net.IP{dnsServers[0].AsSlice(), dnsServers[1].AsSlice()}
 	mods := []dhcpv4.Modifier{
 		dhcpv4.WithMessageType(kind),
+		dhcpv4.WithClientIP(request.ClientIPAddr),
 		dhcpv4.WithOption(dhcpv4.OptServerIdentifier(dhcpServer.AsSlice())),
 		dhcpv4.WithNetmask(net.CIDRMask(p.subnet.CIDR.Bits(), 32)),
 		dhcpv4.WithOption(dhcpv4.OptRouter(p.subnet.Gateway().AsSlice())),

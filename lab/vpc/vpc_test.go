@@ -2,17 +2,14 @@ package vpc
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"encoding/hex"
-	"io"
 	"log/slog"
 	"net"
 	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 )
 
 var (
@@ -342,155 +339,5 @@ func TestAttachRefuses(t *testing.T) {
 	}
 	if _, err := n.Listen(netip.AddrPortFrom(nodeIP, 80)); err == nil || !strings.Contains(err.Error(), "eni-node has it") {
 		t.Errorf("listen on an ENI's address: %v", err)
-	}
-}
-
-// machine is a QEMU without a computer in it.
-type machine struct {
-	t    *testing.T
-	conn net.Conn
-}
-
-func connect(t *testing.T, n *Network, eni, socket string) *machine {
-	t.Helper()
-	conn, err := net.Dial("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(10 * time.Second))
-	for range 1000 {
-		if n.Connected(eni) {
-			return &machine{t, conn}
-		}
-		time.Sleep(time.Millisecond)
-	}
-	t.Fatal("the fabric does not see the machine")
-	return nil
-}
-
-func (m *machine) send(frames ...[]byte) {
-	m.t.Helper()
-	var b []byte
-	for _, f := range frames {
-		b = append(binary.BigEndian.AppendUint32(b, uint32(len(f))), f...)
-	}
-	if _, err := m.conn.Write(b); err != nil {
-		m.t.Fatal(err)
-	}
-}
-
-func (m *machine) receive() []byte {
-	m.t.Helper()
-	var size [4]byte
-	if _, err := io.ReadFull(m.conn, size[:]); err != nil {
-		m.t.Fatal(err)
-	}
-	frame := make([]byte, binary.BigEndian.Uint32(size[:]))
-	if _, err := io.ReadFull(m.conn, frame); err != nil {
-		m.t.Fatal(err)
-	}
-	return frame
-}
-
-func TestStream(t *testing.T) {
-	n := newNetwork(t)
-	dir := t.TempDir()
-	nodeSocket, podSocket := filepath.Join(dir, "node"), filepath.Join(dir, "pods")
-	if err := n.Attach(nodePort(), nodeSocket); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.Attach(podPort(), podSocket); err != nil {
-		t.Fatal(err)
-	}
-	node, pods := connect(t, n, "eni-node", nodeSocket), connect(t, n, "eni-pods", podSocket)
-
-	// Two frames in one write, the second oversized; then one in pieces.
-	hello := ethernet(podMAC, etherIPv4, datagram(podIP, nodeIP, 1, 2, "hello"))
-	pods.send(hello, make([]byte, 40000), hello)
-	for _, b := range append([]byte{0, 0, 0, byte(len(hello))}, hello...) {
-		pods.conn.Write([]byte{b})
-	}
-	for range 3 {
-		if f := node.receive(); string(f[len(f)-5:]) != "hello" {
-			t.Errorf("frame:\n%s", hex.Dump(f))
-		}
-	}
-	wantDrops(t, n, "eni-pods", map[Reason]uint64{DropMalformed: 1})
-
-	// A machine that is started again while its old connection hangs about.
-	again := connect(t, n, "eni-node", nodeSocket)
-	if _, err := io.Copy(io.Discard, node.conn); err != nil {
-		t.Error("the old connection was not ended:", err)
-	}
-	for !n.Connected("eni-node") {
-		time.Sleep(time.Millisecond)
-	}
-	pods.send(hello)
-	again.receive()
-
-	// A stream out of step ends the connection, and the next one works.
-	pods.conn.Write([]byte{0xff, 0xff, 0xff, 0xff, 0})
-	if _, err := io.Copy(io.Discard, pods.conn); err != nil && !strings.Contains(err.Error(), "reset") {
-		t.Error(err)
-	}
-	pods = connect(t, n, "eni-pods", podSocket)
-	for n.Counters()["eni-node"].Rx.Packets < 5 {
-		pods.send(hello)
-		again.receive()
-	}
-	if err := n.Detach("eni-node"); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.Copy(io.Discard, again.conn); err != nil {
-		t.Error("detached, but still connected:", err)
-	}
-	if err := n.Detach("eni-node"); err == nil {
-		t.Error("detached twice")
-	}
-	if err := n.Attach(nodePort(), nodeSocket); err != nil {
-		t.Error("attach again:", err)
-	}
-}
-
-func TestLabToLab(t *testing.T) {
-	n := newNetwork(t)
-	l, err := n.Listen(netip.MustParseAddrPort("169.254.0.23:80"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		c, err := l.Accept()
-		if err != nil {
-			return
-		}
-		io.Copy(c, c)
-		c.Close()
-	}()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-	defer cancel()
-	c, err := n.DialContext(ctx, probe, "tcp", "metadata.tencentyun.com:80")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	if from := c.LocalAddr().(*net.TCPAddr).AddrPort().Addr(); from != probe {
-		t.Errorf("dialled from %s", from)
-	}
-	io.WriteString(c, "hello")
-	got := make([]byte, 5)
-	if _, err := io.ReadFull(c, got); err != nil || string(got) != "hello" {
-		t.Errorf("echo %q, %v", got, err)
-	}
-	if _, err := n.Ping(ctx, probe, gateway); err != nil {
-		t.Error(err)
-	}
-	short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
-	defer cancel()
-	if _, err := n.Ping(short, probe, otherIP); err == nil {
-		t.Error("nobody answers a ping")
-	}
-	if n.Counters()[Lab].Drops[DropUnknown] != 1 {
-		t.Errorf("lab counts %v", n.Counters()[Lab].Drops)
 	}
 }
