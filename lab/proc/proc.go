@@ -208,10 +208,6 @@ func (p *Process) Kill() error {
 	}
 }
 
-// Expect says that the process is about to end by itself and that this is no
-// failure: a machine that was asked to power itself off.
-func (p *Process) Expect() { p.signal(0) }
-
 func (p *Process) signal(s unix.Signal) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
