@@ -176,4 +176,3 @@ func (w *awaitText) Write(b []byte) (int, error) {
 	w.got = w.got[max(0, len(w.got)-len(w.text)):]
 	return len(b), nil
 }
-
