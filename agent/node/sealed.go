@@ -15,8 +15,11 @@ type Sealed struct {
 	Generation int       `json:"generation"` // 1 is the first boot's
 	SealedAt   time.Time `json:"sealedAt"`
 	Digest     string    `json:"digest"` // "sha256:…" of Config and Facts
-	Config     Config    `json:"config"`
-	Facts      Facts     `json:"facts"`
+	// Machine is the DMI system UUID, by which a reboot knows its instance again
+	// although the metadata service is silent. Empty: the machine has none.
+	Machine string `json:"machine,omitempty"`
+	Config  Config `json:"config"`
+	Facts   Facts  `json:"facts"`
 }
 
 // Seal returns the generation of cfg on the instance that f describes.

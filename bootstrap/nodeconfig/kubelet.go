@@ -1,0 +1,82 @@
+package nodeconfig
+
+import "strings"
+
+// kubeletFields are the fields of KubeletConfiguration v1beta1, with what each
+// holds: kubelet refuses to start with any other, which must be said before.
+// Source: k8s.io/kubelet v0.36.3, config/v1beta1/types.go.
+var kubeletFields = fieldsByKind(map[string]string{
+	"text": `
+		address cgroupDriver cgroupRoot clusterDomain configMapAndSecretChangeDetectionStrategy
+		containerLogMaxSize containerLogMonitorInterval containerRuntimeEndpoint contentType
+		cpuCFSQuotaPeriod cpuManagerPolicy cpuManagerReconcilePeriod evictionPressureTransitionPeriod
+		fileCheckFrequency hairpinMode healthzBindAddress httpCheckFrequency imageMaximumGCAge
+		imageMinimumGCAge imagePullCredentialsVerificationPolicy imageServiceEndpoint kubeReservedCgroup
+		kubeletCgroups memoryManagerPolicy memoryReservationPolicy nodeStatusReportFrequency
+		nodeStatusUpdateFrequency podCIDR podLogsDir providerID reservedSystemCPUs resolvConf
+		runtimeRequestTimeout showHiddenMetricsForVersion shutdownGracePeriod
+		shutdownGracePeriodCriticalPods staticPodPath staticPodURL streamingConnectionIdleTimeout
+		syncFrequency systemCgroups systemReservedCgroup tlsCertFile tlsMinVersion tlsPrivateKeyFile
+		topologyManagerPolicy topologyManagerScope volumePluginDir volumeStatsAggPeriod`,
+	"boolean": `
+		cgroupsPerQOS cpuCFSQuota enableContentionProfiling enableControllerAttachDetach
+		enableDebugFlagsHandler enableDebuggingHandlers enableProfilingHandler enableServer
+		enableSystemLogHandler enableSystemLogQuery failCgroupV1 failSwapOn kernelMemcgNotification
+		localStorageCapacityIsolation makeIPTablesUtilChains mergeDefaultEvictionSettings
+		protectKernelDefaults registerNode rotateCertificates runOnce seccompDefault serializeImagePulls
+		serverTLSBootstrap singleProcessOOMKill`,
+	"number": `
+		containerLogMaxFiles containerLogMaxWorkers eventBurst eventRecordQPS evictionMaxPodGracePeriod
+		healthzPort imageGCHighThresholdPercent imageGCLowThresholdPercent iptablesDropBit
+		iptablesMasqueradeBit kubeAPIBurst kubeAPIQPS maxOpenFiles maxParallelImagePulls maxPods
+		memoryThrottlingFactor nodeLeaseDurationSeconds nodeStatusMaxImages oomScoreAdj podPidsLimit
+		podsPerCore port readOnlyPort registryBurst registryPullQPS`,
+	"list": `
+		allowedUnsafeSysctls clusterDNS enforceNodeAllocatable preloadedImagesVerificationAllowlist
+		registerWithTaints reservedMemory shutdownGracePeriodByPodPriority tlsCipherSuites
+		tlsCurvePreferences`,
+	"mapping": `
+		authentication authorization cpuManagerPolicyOptions crashLoopBackOff evictionHard
+		evictionMinimumReclaim evictionSoft evictionSoftGracePeriod featureGates kubeReserved logging
+		memorySwap qosReserved staticPodURLHeader systemReserved topologyManagerPolicyOptions tracing
+		userNamespaces`,
+})
+
+func fieldsByKind(namesByKind map[string]string) map[string]string {
+	m := map[string]string{}
+	for kind, names := range namesByKind {
+		for name := range strings.FieldsSeq(names) {
+			m[name] = kind
+		}
+	}
+	return m
+}
+
+// kubeletOwned are the fields that tkenode sets itself, because the rest of the
+// node depends on them, with what to write instead.
+var kubeletOwned = map[string]string{
+	"apiVersion":               "leave it out",
+	"authentication":           "leave it out: the API server is authenticated by the cluster's CA and by webhook",
+	"authorization":            "leave it out: kubelet asks the API server",
+	"cgroupDriver":             "leave it out: containerd and kubelet both use systemd",
+	"clusterDNS":               "write it in cluster.dns",
+	"clusterDomain":            "write it in cluster.domain",
+	"containerRuntimeEndpoint": "leave it out: it is the containerd that tkenode runs",
+	"enableServer":             "leave it out: logs, exec and probes need the server",
+	"healthzBindAddress":       "leave it out: tkenode probes it",
+	"healthzPort":              "leave it out: tkenode probes it",
+	"imageServiceEndpoint":     "leave it out: it is the containerd that tkenode runs",
+	"kind":                     "leave it out",
+	"maxPods":                  "write it in kubelet.maxPods",
+	"podCIDR":                  "leave it out: pods have VPC addresses, see network",
+	"port":                     "leave it out: the API server reaches kubelet on 10250",
+	"providerID":               "leave it out: it is made of the instance's own zone and id",
+	"readOnlyPort":             "leave it out: the port without authentication stays closed",
+	"registerNode":             "leave it out: the Node registers itself",
+	"registerWithTaints":       "write them in node.taints",
+	"rotateCertificates":       "leave it out: the client certificate is always rotated",
+	"runOnce":                  "leave it out",
+	"serverTLSBootstrap":       "leave it out",
+	"tlsCertFile":              "leave it out",
+	"tlsPrivateKeyFile":        "leave it out",
+}

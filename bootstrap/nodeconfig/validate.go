@@ -1,0 +1,335 @@
+package nodeconfig
+
+import (
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"net/netip"
+	"net/url"
+	"path"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+// validator collects what is wrong with a defaulted Config.
+type validator struct {
+	skip     func(field string) bool // a problem of it is known already
+	problems Problems
+}
+
+func (v *validator) problem(field, format string, args ...any) {
+	if !v.skip(field) {
+		v.problems = append(v.problems, Problem{Field: field, Text: fmt.Sprintf(format, args...)})
+	}
+}
+
+// need reports an empty field, and whether there is something to look at.
+func (v *validator) need(field, value, advice string) bool {
+	if value == "" {
+		v.problem(field, "missing; %s", advice)
+	}
+	return value != ""
+}
+
+func (v *validator) config(c *node.Config) {
+	v.cluster(&c.Cluster)
+	v.node(&c.Node)
+	v.network(&c.Network)
+	v.disks(c.Disks)
+	v.kubelet(&c.Kubelet)
+	v.registries(c.Containerd.Registries)
+	v.metrics(&c.Metrics)
+	v.domain("cloud.apiDomain", c.Cloud.APIDomain)
+	if c.Cloud.CertificateAuthority != "" {
+		v.authority("cloud.certificateAuthority", c.Cloud.CertificateAuthority)
+	}
+}
+
+// The forms of Tencent Cloud's resource ids: a prefix and eight characters so
+// far; some more are let through.
+var resourceID = regexp.MustCompile(`^([a-z]+)-[a-z0-9]{6,16}$`)
+
+func (v *validator) id(field, prefix, id string) {
+	if m := resourceID.FindStringSubmatch(id); m == nil || m[1] != prefix {
+		v.problem(field, "found %s, expected an id such as %s-1a2b3c4d", quote(id), prefix)
+	}
+}
+
+// Source of the form: https://kubernetes.io/docs/reference/access-authn-authz/bootstrap-tokens/
+var tokenForm = regexp.MustCompile(`^[a-z0-9]{6}\.[a-z0-9]{16}$`)
+
+func (v *validator) cluster(c *node.ClusterConfig) {
+	if v.need("cluster.id", c.ID, "write the cluster's id, such as cls-1a2b3c4d") {
+		v.id("cluster.id", "cls", c.ID)
+	}
+	const endpoint = "the API server's address, such as https://10.0.0.10:6443"
+	if v.need("cluster.endpoint", c.Endpoint, "write "+endpoint) {
+		u, err := url.Parse(c.Endpoint)
+		if err != nil || u.Scheme != "https" || !validHostPort(u) || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {
+			v.problem("cluster.endpoint", "found %s, expected %s", quote(redactURL(c.Endpoint)), endpoint)
+		}
+	}
+	if v.need("cluster.certificateAuthority", c.CertificateAuthority, "write the cluster's CA certificate in PEM") {
+		v.authority("cluster.certificateAuthority", c.CertificateAuthority)
+	}
+	if token := c.BootstrapToken.Reveal(); v.need("cluster.bootstrapToken", token, "make one with: kubeadm token create") && !tokenForm.MatchString(token) {
+		v.problem("cluster.bootstrapToken", "found %d characters (not shown), expected 6 and 16 lower-case letters or digits with a dot between, such as abcdef.0123456789abcdef", len(token))
+	}
+	v.domain("cluster.domain", c.Domain)
+	if p := c.ServiceCIDR; p.IsValid() && p != p.Masked() {
+		v.problem("cluster.serviceCIDR", "found %s, whose address has bits beyond the prefix; did you mean %s?", p, p.Masked())
+	}
+	if len(c.DNS) == 0 {
+		v.problem("cluster.dns", "missing; write the service address of the cluster's DNS, such as [172.16.0.10]")
+	}
+	for i, a := range c.DNS {
+		switch field := index("cluster.dns", i); {
+		case !a.IsValid() || a.IsUnspecified():
+			v.problem(field, "found %s, expected an IP address such as 172.16.0.10", quote(addrText(a)))
+		case slices.Index(c.DNS, a) < i:
+			v.problem(field, "%s is there twice; keep one", a)
+		// A node-local DNS cache listens on a link-local address.
+		case c.ServiceCIDR.IsValid() && !c.ServiceCIDR.Contains(a) && !a.IsLinkLocalUnicast():
+			v.problem(field, "%s is outside cluster.serviceCIDR %s; correct one of them", a, c.ServiceCIDR)
+		}
+	}
+}
+
+func addrText(a netip.Addr) string {
+	if !a.IsValid() {
+		return ""
+	}
+	return a.String()
+}
+
+// authority checks a bundle of CA certificates. Their dates are judged when they
+// are used: here the clock may not be set yet.
+func (v *validator) authority(field, text string) {
+	rest := []byte(text)
+	for n := 1; ; n++ {
+		var block *pem.Block
+		block, rest = pem.Decode(rest)
+		if block == nil {
+			switch {
+			case strings.Contains(string(rest), "-----BEGIN") && !strings.Contains(string(rest), "-----END"):
+				v.problem(field, "certificate %d is cut off: it has a BEGIN line and no END line", n)
+			case strings.Contains(string(rest), "-----BEGIN"):
+				v.problem(field, "certificate %d is not PEM; check its indentation and its base64 lines", n)
+			case n == 1:
+				v.problem(field, "found %s, expected PEM that begins with -----BEGIN CERTIFICATE-----", quote(text))
+			}
+			return
+		}
+		if block.Type != "CERTIFICATE" {
+			v.problem(field, "block %d is a %s, expected a CERTIFICATE", n, clip(block.Type))
+			continue
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		switch {
+		case err != nil:
+			v.problem(field, "certificate %d cannot be read: %v", n, err)
+		case !cert.BasicConstraintsValid || !cert.IsCA:
+			v.problem(field, "certificate %d (%s) is not a CA's; write the certificate that signed the API server's", n, clip(cert.Subject.String()))
+		}
+	}
+}
+
+func (v *validator) network(n *node.NetworkConfig) {
+	v.ids("network.subnetIDs", "subnet", n.SubnetIDs, "write the VPC subnets that pods get their addresses from")
+	v.ids("network.securityGroupIDs", "sg", n.SecurityGroupIDs, "write the security groups of the pods' ENIs")
+	// More ENIs or addresses than this has no instance type.
+	// Source: https://cloud.tencent.com/document/product/576/18527
+	v.between("network.enis", n.ENIs, 1, 19)
+	v.between("network.ipsPerENI", n.IPsPerENI, 1, 50)
+}
+
+func (v *validator) between(field string, n, low, high int) {
+	if n < low || n > high {
+		v.problem(field, "found %d, expected %d to %d", n, low, high)
+	}
+}
+
+func (v *validator) ids(field, prefix string, ids []string, advice string) {
+	if len(ids) == 0 {
+		v.problem(field, "missing; %s", advice)
+	}
+	for i, id := range ids {
+		v.id(index(field, i), prefix, id)
+		if slices.Index(ids, id) < i {
+			v.problem(index(field, i), "%s is there twice; keep one", quote(id))
+		}
+	}
+}
+
+// Directories that a data disk must not hide. The last three hold what bootstrap
+// and the agent write before disks are mounted.
+var (
+	systemDirs = []string{
+		"/", "/home", "/media", "/mnt", "/opt", "/root", "/srv", "/var", "/var/cache", "/var/lib", "/var/log", "/var/tmp",
+		"/var/lib/kubelet", "/var/lib/systemd", "/var/lib/tkenode",
+	}
+	systemTrees = []string{
+		"/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var/run",
+		"/opt/cni", "/var/lib/kubelet/pki", "/var/lib/tkenode",
+	}
+)
+
+func (v *validator) disks(disks []node.DiskConfig) {
+	for i, d := range disks {
+		at := index("disks", i)
+		switch {
+		case d.DiskID != "":
+			v.id(at+".diskID", "disk", d.DiskID)
+			if j := slices.IndexFunc(disks, func(o node.DiskConfig) bool { return o.DiskID == d.DiskID }); j < i {
+				v.problem(at+".diskID", "%s is %s already", quote(d.DiskID), index("disks", j))
+			}
+		case len(disks) > 1:
+			v.problem(at+".diskID", "missing; with more than one disk each needs its id")
+		}
+		if d.FileSystem != node.Ext4 && d.FileSystem != node.XFS {
+			v.problem(at+".fileSystem", "found %s, expected ext4 or xfs", quote(string(d.FileSystem)))
+		}
+		if v.need(at+".mountPoint", d.MountPoint, "write the directory to mount it on, such as /var/lib/containerd") {
+			v.mountPoint(at+".mountPoint", d.MountPoint, disks[:i])
+		}
+	}
+}
+
+func (v *validator) mountPoint(field, dir string, before []node.DiskConfig) {
+	switch {
+	case !path.IsAbs(dir):
+		v.problem(field, "found %s, expected an absolute path", quote(dir))
+		return
+	case path.Clean(dir) != dir:
+		v.problem(field, "found %s, did you mean %s?", quote(dir), quote(path.Clean(dir)))
+		return
+	case strings.ContainsFunc(dir, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(`\%"'$`, r) }):
+		v.problem(field, "found %s, expected a path of plain characters", quote(dir))
+		return
+	case slices.Contains(systemDirs, dir) || slices.ContainsFunc(systemTrees, func(t string) bool { return within(dir, t) }):
+		v.problem(field, "found %s, which the system itself uses; mount the disk elsewhere, such as on /var/lib/containerd or /data", quote(dir))
+	}
+	for j, o := range before {
+		if within(dir, o.MountPoint) || within(o.MountPoint, dir) {
+			v.problem(field, "found %s, which is the same as or inside of %s %s, or the other way round; keep them apart", quote(dir), index("disks", j), quote(o.MountPoint))
+		}
+	}
+}
+
+func within(dir, tree string) bool { return dir == tree || strings.HasPrefix(dir, tree+"/") }
+
+func (v *validator) kubelet(k *node.KubeletConfig) {
+	v.between("kubelet.maxPods", k.MaxPods, 1, 1000)
+	known := make([]string, 0, len(kubeletFields))
+	for name := range kubeletFields {
+		known = append(known, name)
+	}
+	slices.Sort(known) // so that did-you-mean is the same every time
+	for name, value := range k.Config {
+		field := "kubelet.config." + name
+		kind, ok := kubeletFields[name]
+		switch instead, owned := kubeletOwned[name]; {
+		case owned:
+			v.problem(field, "is set by tkenode; %s", instead)
+		case !ok:
+			v.problem(field, "kubelet has no such field%s", didYouMean(name, known))
+		case value != nil && kindOf(value) != kind:
+			v.problem(field, "found a %s, expected a %s", kindOf(value), kind)
+		}
+	}
+}
+
+func kindOf(x any) string {
+	switch x.(type) {
+	case string:
+		return "text"
+	case bool:
+		return "boolean"
+	case []any:
+		return "list"
+	case map[string]any:
+		return "mapping"
+	}
+	return "number"
+}
+
+func (v *validator) registries(rs []node.Registry) {
+	for i, r := range rs {
+		at := index("containerd.registries", i)
+		if v.need(at+".host", r.Host, "write the registry's host, such as ccr.ccs.tencentyun.com") {
+			if u, err := url.Parse("https://" + r.Host); err != nil || !validHostPort(u) || u.Host != r.Host {
+				v.problem(at+".host", "found %s, expected a host, such as ccr.ccs.tencentyun.com", quote(redactURL(r.Host)))
+			} else if j := slices.IndexFunc(rs, func(o node.Registry) bool { return o.Host == r.Host }); j < i {
+				v.problem(at+".host", "%s is %s already", quote(r.Host), index("containerd.registries", j))
+			}
+		}
+		if len(r.Mirrors) == 0 {
+			v.problem(at+".mirrors", "missing; write the mirrors' URLs, or remove the registry")
+		}
+		for j, m := range r.Mirrors {
+			v.httpURL(index(at+".mirrors", j), m, "a URL such as https://mirror.ccs.tencentyun.com")
+		}
+	}
+}
+
+// Source: https://prometheus.io/docs/concepts/data_model/
+var metricLabel = regexp.MustCompile(`^[a-zA-Z_][a-zA-Z0-9_]*$`)
+
+func (v *validator) metrics(m *node.MetricsConfig) {
+	if m.Endpoint != "" {
+		v.httpURL("metrics.endpoint", m.Endpoint, "a remote write URL such as http://10.0.0.11:9090/api/v1/write")
+	}
+	if d := time.Duration(m.Interval); d < time.Second || d > 10*time.Minute {
+		v.problem("metrics.interval", "found %s, expected 1s to 10m", d)
+	}
+	for name, value := range m.ExternalLabels {
+		if !metricLabel.MatchString(name) || strings.HasPrefix(name, "__") {
+			v.problem(entry("metrics.externalLabels", name), "is not a label name of Prometheus: letters, digits and _, no digit and no __ at the beginning")
+		}
+		if value == "" {
+			v.problem(entry("metrics.externalLabels", name), "is empty, which Prometheus takes as absent; fill it in or remove it")
+		}
+	}
+}
+
+func (v *validator) httpURL(field, text, want string) {
+	u, err := url.Parse(text)
+	switch {
+	case err != nil || (u.Scheme != "http" && u.Scheme != "https") || !validHostPort(u):
+		v.problem(field, "found %s, expected %s", quote(redactURL(text)), want)
+	case u.User != nil:
+		v.problem(field, "has a user name or password in it (not shown), which would be logged; remove it")
+	}
+}
+
+func (v *validator) domain(field, text string) {
+	if !isSubdomain(text) {
+		v.problem(field, "found %s, expected a DNS name in lower case", quote(text))
+	}
+}
+
+// validHostPort reports whether u's host is an address or a DNS name, with a
+// port that exists, or none.
+func validHostPort(u *url.URL) bool {
+	if port := u.Port(); port != "" {
+		if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
+			return false
+		}
+	} else if strings.HasSuffix(u.Host, ":") {
+		return false
+	}
+	_, err := netip.ParseAddr(u.Hostname())
+	return err == nil || isSubdomain(strings.ToLower(u.Hostname()))
+}
+
+var userInfo = regexp.MustCompile(`^([a-z]*://)?[^/]*@`)
+
+// redactURL takes user name and password out of what may be a URL.
+func redactURL(text string) string { return userInfo.ReplaceAllString(text, "${1}…@") }
+
+func index(field string, i int) string { return field + "[" + strconv.Itoa(i) + "]" }
