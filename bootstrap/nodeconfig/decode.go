@@ -138,7 +138,7 @@ func (d *decoder) syntax(err error) {
 	text := err.Error()
 	m := yamlLine.FindStringSubmatch(text)
 	line, _ := strconv.Atoi(m[1])
-	d.problem(line, "", "not YAML: %s", text[len(m[0]):])
+	d.problem(line, "", "not YAML, here or in the lines next to it: %s; check indentation and quotes", text[len(m[0]):])
 }
 
 // value decodes n into v, which is the field at path.
@@ -161,10 +161,20 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, path string) {
 			if f, ok := fieldByKey(v, key.Value); ok {
 				d.value(val, f, at)
 			} else {
-				d.problem(key.Line, at, "no such field%s", didYouMean(key.Value, keys(v.Type())))
+				meant, advice := didYouMean(key.Value, keys(v.Type()))
+				d.problem(key.Line, at, "no such field%s", advice)
+				d.failed[join(path, meant)] = meant != ""
 			}
 		})
 	case reflect.Map:
+		if v.Type().Elem().Kind() == reflect.Interface {
+			if m, ok := d.free(n, path).(map[string]any); ok {
+				v.Set(reflect.ValueOf(m))
+			} else {
+				d.notMapping(n, path)
+			}
+			return
+		}
 		m := reflect.MakeMap(v.Type())
 		d.mapping(n, path, entry, func(key, val *yaml.Node, at string) {
 			e := reflect.New(v.Type().Elem()).Elem()
@@ -174,10 +184,6 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, path string) {
 		v.Set(m)
 	case reflect.Slice:
 		d.list(n, v, path)
-	case reflect.Interface:
-		if x := d.free(n, path); x != nil {
-			v.Set(reflect.ValueOf(x))
-		}
 	case reflect.String:
 		if tag := n.ShortTag(); n.Kind != yaml.ScalarNode {
 			d.problem(n.Line, path, "found %s, expected text", found(n))
@@ -224,7 +230,7 @@ func (d *decoder) leave() { d.depth-- }
 // which step makes.
 func (d *decoder) mapping(n *yaml.Node, path string, step func(path, key string) string, each func(key, val *yaml.Node, at string)) {
 	if n.Kind != yaml.MappingNode {
-		d.problem(n.Line, path, "found %s, expected a mapping (key: value)", found(n))
+		d.notMapping(n, path)
 		return
 	}
 	if _, ok := d.lines[path]; !ok {
@@ -233,7 +239,11 @@ func (d *decoder) mapping(n *yaml.Node, path string, step func(path, key string)
 	seen := map[string]int{}
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		key, val := n.Content[i], n.Content[i+1]
-		if key.Kind != yaml.ScalarNode || key.ShortTag() == "!!merge" || isNull(key) {
+		if key.Kind == yaml.ScalarNode && key.ShortTag() == "!!merge" {
+			d.problem(key.Line, path, "merge keys (<<) are not supported; write the fields out")
+			continue
+		}
+		if key.Kind != yaml.ScalarNode || isNull(key) {
 			d.problem(key.Line, path, "found %s as a key; keys are plain text", found(key))
 			continue
 		}
@@ -248,6 +258,10 @@ func (d *decoder) mapping(n *yaml.Node, path string, step func(path, key string)
 		}
 		each(key, val, at)
 	}
+}
+
+func (d *decoder) notMapping(n *yaml.Node, path string) {
+	d.problem(n.Line, path, "found %s, expected a mapping (key: value)", found(n))
 }
 
 func (d *decoder) list(n *yaml.Node, v reflect.Value, path string) {
@@ -370,8 +384,6 @@ func found(n *yaml.Node) string {
 		return "the number " + clip(n.Value)
 	case "!!null":
 		return "nothing"
-	case "!!merge":
-		return "the merge key <<"
 	}
 	return "the text " + quote(n.Value)
 }

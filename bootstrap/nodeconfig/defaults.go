@@ -18,7 +18,8 @@ func defaults(c *node.Config, present map[string]int) {
 	for i := range c.Disks {
 		fill(present, index("disks", i)+".fileSystem", &c.Disks[i].FileSystem, node.Ext4)
 	}
-	fill(present, "kubelet.maxPods", &c.Kubelet.MaxPods, c.Network.ENIs*c.Network.IPsPerENI)
+	// In bounds even when the network's numbers are not: one problem is enough.
+	fill(present, "kubelet.maxPods", &c.Kubelet.MaxPods, min(max(c.Network.ENIs*c.Network.IPsPerENI, 1), maxMaxPods))
 	fill(present, "metrics.interval", &c.Metrics.Interval, node.Duration(15*time.Second))
 	fill(present, "cloud.apiDomain", &c.Cloud.APIDomain, "internal.tencentcloudapi.com")
 	c.Cluster.CertificateAuthority = pemText(c.Cluster.CertificateAuthority)

@@ -18,24 +18,24 @@ var kubeletFields = fieldsByKind(map[string]string{
 		shutdownGracePeriodCriticalPods staticPodPath staticPodURL streamingConnectionIdleTimeout
 		syncFrequency systemCgroups systemReservedCgroup tlsCertFile tlsMinVersion tlsPrivateKeyFile
 		topologyManagerPolicy topologyManagerScope volumePluginDir volumeStatsAggPeriod`,
-	"boolean": `
+	"a boolean": `
 		cgroupsPerQOS cpuCFSQuota enableContentionProfiling enableControllerAttachDetach
 		enableDebugFlagsHandler enableDebuggingHandlers enableProfilingHandler enableServer
 		enableSystemLogHandler enableSystemLogQuery failCgroupV1 failSwapOn kernelMemcgNotification
 		localStorageCapacityIsolation makeIPTablesUtilChains mergeDefaultEvictionSettings
 		protectKernelDefaults registerNode rotateCertificates runOnce seccompDefault serializeImagePulls
 		serverTLSBootstrap singleProcessOOMKill`,
-	"number": `
+	"a number": `
 		containerLogMaxFiles containerLogMaxWorkers eventBurst eventRecordQPS evictionMaxPodGracePeriod
 		healthzPort imageGCHighThresholdPercent imageGCLowThresholdPercent iptablesDropBit
 		iptablesMasqueradeBit kubeAPIBurst kubeAPIQPS maxOpenFiles maxParallelImagePulls maxPods
 		memoryThrottlingFactor nodeLeaseDurationSeconds nodeStatusMaxImages oomScoreAdj podPidsLimit
 		podsPerCore port readOnlyPort registryBurst registryPullQPS`,
-	"list": `
+	"a list": `
 		allowedUnsafeSysctls clusterDNS enforceNodeAllocatable preloadedImagesVerificationAllowlist
 		registerWithTaints reservedMemory shutdownGracePeriodByPodPriority tlsCipherSuites
 		tlsCurvePreferences`,
-	"mapping": `
+	"a mapping": `
 		authentication authorization cpuManagerPolicyOptions crashLoopBackOff evictionHard
 		evictionMinimumReclaim evictionSoft evictionSoftGracePeriod featureGates kubeReserved logging
 		memorySwap qosReserved staticPodURLHeader systemReserved topologyManagerPolicyOptions tracing

@@ -73,11 +73,10 @@ func Decode(doc []byte) (node.Config, error) { return decode(doc, 0) }
 func decode(doc []byte, part int) (node.Config, error) {
 	var cfg node.Config
 	d := decoder{lines: map[string]int{}, budget: maxValues}
-	if d.document(doc, &cfg); len(d.problems) == 0 {
-		defaults(&cfg, d.lines)
-	}
-	// A document of another kind would only be a list of unknown fields.
+	d.document(doc, &cfg)
+	// A document of another kind would only be a list of missing fields.
 	if d.recognised {
+		defaults(&cfg, d.lines)
 		v := validator{skip: d.broken}
 		v.config(&cfg)
 		for _, p := range v.problems {

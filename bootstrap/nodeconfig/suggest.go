@@ -6,22 +6,23 @@ import (
 	"strings"
 )
 
-// didYouMean returns advice for a name that is not one of known.
-func didYouMean(name string, known []string) string {
-	best, distance := "", max(2, len(name)/3)+1
+// didYouMean returns advice for a name that is not one of known, and the one that
+// may be meant, or "".
+func didYouMean(name string, known []string) (meant, advice string) {
+	best, distance := "", max(1, len(name)/3)+1
 	for _, k := range known {
 		if d := editDistance(strings.ToLower(name), strings.ToLower(k), distance); d < distance {
 			best, distance = k, d
 		}
 	}
 	if best != "" {
-		return fmt.Sprintf("; did you mean %s?", best)
+		return best, fmt.Sprintf("; did you mean %s?", best)
 	}
 	if len(known) > 20 {
-		return ""
+		return "", ""
 	}
 	known = slices.Sorted(slices.Values(known))
-	return "; known are " + strings.Join(known, ", ")
+	return "", "; known are " + strings.Join(known, ", ")
 }
 
 // editDistance counts the letters to insert, delete or replace between a and b;

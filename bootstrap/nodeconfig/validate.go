@@ -4,6 +4,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
+	"maps"
 	"net/netip"
 	"net/url"
 	"path"
@@ -216,30 +217,31 @@ func (v *validator) mountPoint(field, dir string, before []node.DiskConfig) {
 	}
 	for j, o := range before {
 		if within(dir, o.MountPoint) || within(o.MountPoint, dir) {
-			v.problem(field, "found %s, which is the same as or inside of %s %s, or the other way round; keep them apart", quote(dir), index("disks", j), quote(o.MountPoint))
+			v.problem(field, "%s and %s's %s are the same, or one is inside of the other; keep them apart", quote(dir), index("disks", j), quote(o.MountPoint))
 		}
 	}
 }
 
 func within(dir, tree string) bool { return dir == tree || strings.HasPrefix(dir, tree+"/") }
 
+// Kubernetes is tested with far fewer pods on a node.
+const maxMaxPods = 1000
+
 func (v *validator) kubelet(k *node.KubeletConfig) {
-	v.between("kubelet.maxPods", k.MaxPods, 1, 1000)
-	known := make([]string, 0, len(kubeletFields))
-	for name := range kubeletFields {
-		known = append(known, name)
-	}
-	slices.Sort(known) // so that did-you-mean is the same every time
-	for name, value := range k.Config {
+	v.between("kubelet.maxPods", k.MaxPods, 1, maxMaxPods)
+	known := slices.Sorted(maps.Keys(kubeletFields)) // so that did-you-mean is the same every time
+	for _, name := range slices.Sorted(maps.Keys(k.Config)) {
+		value := k.Config[name]
 		field := "kubelet.config." + name
 		kind, ok := kubeletFields[name]
 		switch instead, owned := kubeletOwned[name]; {
 		case owned:
 			v.problem(field, "is set by tkenode; %s", instead)
 		case !ok:
-			v.problem(field, "kubelet has no such field%s", didYouMean(name, known))
+			_, advice := didYouMean(name, known)
+			v.problem(field, "kubelet has no such field%s", advice)
 		case value != nil && kindOf(value) != kind:
-			v.problem(field, "found a %s, expected a %s", kindOf(value), kind)
+			v.problem(field, "found %s, expected %s", kindOf(value), kind)
 		}
 	}
 }
@@ -249,13 +251,13 @@ func kindOf(x any) string {
 	case string:
 		return "text"
 	case bool:
-		return "boolean"
+		return "a boolean"
 	case []any:
-		return "list"
+		return "a list"
 	case map[string]any:
-		return "mapping"
+		return "a mapping"
 	}
-	return "number"
+	return "a number"
 }
 
 func (v *validator) registries(rs []node.Registry) {
@@ -287,11 +289,11 @@ func (v *validator) metrics(m *node.MetricsConfig) {
 	if d := time.Duration(m.Interval); d < time.Second || d > 10*time.Minute {
 		v.problem("metrics.interval", "found %s, expected 1s to 10m", d)
 	}
-	for name, value := range m.ExternalLabels {
+	for _, name := range slices.Sorted(maps.Keys(m.ExternalLabels)) {
 		if !metricLabel.MatchString(name) || strings.HasPrefix(name, "__") {
 			v.problem(entry("metrics.externalLabels", name), "is not a label name of Prometheus: letters, digits and _, no digit and no __ at the beginning")
 		}
-		if value == "" {
+		if m.ExternalLabels[name] == "" {
 			v.problem(entry("metrics.externalLabels", name), "is empty, which Prometheus takes as absent; fill it in or remove it")
 		}
 	}
