@@ -15,6 +15,10 @@ type Report struct {
 	Message string       `json:"message,omitempty"` // of the error, if there is one
 	Since   time.Time    `json:"since"`             // of Phase, or of the error
 	Steps   []ReportStep `json:"steps"`             // in order
+	// Digest is of the sealed configuration that this boot has confirmed to be
+	// this instance's own. Until it is there, nobody may act on what is sealed:
+	// the disk may be an image captured from another node.
+	Digest string `json:"digest,omitempty"`
 }
 
 // ReportStep is one step of bootstrap in the ledger of the boot.
