@@ -1,0 +1,286 @@
+package disk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+// observe reads what decide needs. The disk itself is read only if it is the
+// wanted one and nobody uses it.
+func (d *Disk) observe(ctx context.Context) (observed, error) {
+	var have observed
+	var err error
+	if have.Ledger, err = d.ledger.read(); err != nil {
+		return have, err
+	}
+	if have.Devices, err = devices(d.sys); err != nil {
+		return have, err
+	}
+	if have.Mounts, err = mounts(); err != nil {
+		return have, err
+	}
+	if have.Swaps, err = swaps(); err != nil {
+		return have, err
+	}
+	dev, err := bind(d.want, have)
+	if err != nil {
+		return have, nil // decide says it again
+	}
+	if _, ok := have.at(d.want.MountPoint); ok || unused(dev, have) != nil {
+		return have, nil
+	}
+	have.Content, err = d.look(ctx, dev)
+	return have, err
+}
+
+// look reads the content of dev, past the page cache.
+func (d *Disk) look(ctx context.Context, dev device) (content, error) {
+	f, err := d.open(dev, unix.O_RDONLY|unix.O_DIRECT)
+	if err != nil {
+		return content{}, err
+	}
+	defer f.Close()
+	// Whoever formats or partitions a disk holds its lock exclusively, udev while
+	// it reads holds it shared. Source: https://systemd.io/BLOCK_DEVICE_LOCKING
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
+		return content{Busy: true}, nil
+	}
+	c := inspect(reader{ctx, f}, dev.SizeBytes)
+	if err := ctx.Err(); err != nil {
+		return content{}, fmt.Errorf("read %s: %w", dev, err)
+	}
+	return c, d.same(dev)
+}
+
+// reader stops reading when ctx ends.
+type reader struct {
+	ctx context.Context
+	io.ReaderAt
+}
+
+func (r reader) ReadAt(b []byte, at int64) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.ReaderAt.ReadAt(b, at)
+}
+
+// open opens the device node of dev and makes sure that it is dev. While it is
+// open the kernel does not give the name or the number to another disk.
+func (d *Disk) open(dev device, flags int) (*os.File, error) {
+	f, err := os.OpenFile("/dev/"+dev.Name, flags, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", dev, err)
+	}
+	var st unix.Stat_t
+	err = unix.Fstat(int(f.Fd()), &st)
+	if err == nil {
+		if got := devNumber(st.Rdev); st.Mode&unix.S_IFMT != unix.S_IFBLK || got != dev.Dev {
+			err = fmt.Errorf("it is device %s, not %s: %w", got, dev.Dev, errChanged)
+		}
+	}
+	if err == nil {
+		err = d.same(dev)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("open %s: %w", dev, err)
+	}
+	return f, nil
+}
+
+// same asks the device itself once more who it is.
+func (d *Disk) same(dev device) error {
+	now, err := readDevice(d.sys, dev.Name)
+	if err != nil {
+		return err
+	}
+	if now.Serial != dev.Serial || now.Dev != dev.Dev || now.Seq != dev.Seq || now.SizeBytes != dev.SizeBytes {
+		return fmt.Errorf("%s is now %s: %w", dev, now, errChanged)
+	}
+	return nil
+}
+
+// mount mounts dev, which observe has just found to hold the file system, and
+// checks that it is dev which got mounted.
+func (d *Disk) mount(dev device) error {
+	pin, err := d.open(dev, unix.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer pin.Close()
+	target := d.want.MountPoint
+	if err := os.MkdirAll(target, 0o755); err != nil {
+		return fmt.Errorf("make mount point: %w", err)
+	}
+	// Nothing can then be written beneath a mount that is missing.
+	if err := makeImmutable(target); err != nil {
+		d.log.Warn("the mount point stays writable when nothing is mounted on it", "disk", dev.Serial, "dir", target, "err", err)
+	}
+	options := ""
+	if d.want.FileSystem == node.Ext4 {
+		options = "errors=remount-ro"
+	}
+	if err := unix.Mount("/dev/"+dev.Name, target, string(d.want.FileSystem), unix.MS_NOATIME, options); err != nil {
+		return fmt.Errorf("mount %s on %s: %w", dev, target, err)
+	}
+	all, err := mounts()
+	if err == nil {
+		if m, ok := (observed{Mounts: all}).at(target); !ok || m.Dev != dev.Dev {
+			err = fmt.Errorf("device %s is mounted there: %w", m.Dev, errChanged)
+		} else {
+			err = d.same(dev)
+		}
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("verify mount of %s on %s: %w", dev, target, err), unix.Unmount(target, 0))
+	}
+	return nil
+}
+
+func makeImmutable(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	const immutable = 0x10 // FS_IMMUTABLE_FL of linux include/uapi/linux/fs.h
+	flags, err := unix.IoctlGetInt(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+	if err != nil || flags&immutable != 0 {
+		return err
+	}
+	return unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags|immutable)
+}
+
+// devices lists the block devices that have a serial.
+func devices(sys string) ([]device, error) {
+	entries, err := os.ReadDir(filepath.Join(sys, "block"))
+	if err != nil {
+		return nil, fmt.Errorf("list block devices: %w", err)
+	}
+	var all []device
+	for _, e := range entries {
+		d, err := readDevice(sys, e.Name())
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+			continue // no serial, or just gone
+		}
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, d)
+	}
+	return all, nil
+}
+
+// readDevice reads a device's attributes; without a serial it is ErrNotExist.
+func readDevice(sys, name string) (device, error) {
+	dir := filepath.Join(sys, "block", name)
+	d := device{Name: name}
+	// virtio-blk asks the device at each read, and answers with nothing on an
+	// error. Source: linux drivers/block/virtio_blk.c, serial_show
+	serial, err := attribute(dir, "serial")
+	if errors.Is(err, fs.ErrNotExist) {
+		serial, err = attribute(dir, "device/serial") // NVMe
+	}
+	if err != nil {
+		return d, fmt.Errorf("read serial of %s: %w", name, err)
+	}
+	d.Serial = serial
+	if d.Dev, err = attribute(dir, "dev"); err != nil {
+		return d, fmt.Errorf("read device %s: %w", name, err)
+	}
+	sectors, err := attribute(dir, "size")
+	if err == nil {
+		d.SizeBytes, err = strconv.ParseInt(sectors, 10, 54)
+		d.SizeBytes *= 512 // of whatever size the device's own sectors are
+	}
+	if err != nil {
+		return d, fmt.Errorf("read size of %s: %w", name, err)
+	}
+	ro, err := attribute(dir, "ro")
+	if err != nil {
+		return d, fmt.Errorf("read device %s: %w", name, err)
+	}
+	d.ReadOnly = ro != "0"
+	if d.Seq, err = attribute(dir, "diskseq"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return d, fmt.Errorf("read device %s: %w", name, err)
+	}
+	return d, d.readUsers(dir)
+}
+
+// readUsers reads which partitions the device has and what is stacked on it.
+func (d *device) readUsers(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("read device %s: %w", d.Name, err)
+	}
+	dirs := []string{dir}
+	for _, e := range entries {
+		sub := filepath.Join(dir, e.Name())
+		if _, err := os.Stat(filepath.Join(sub, "partition")); err != nil {
+			continue
+		}
+		dev, err := attribute(sub, "dev")
+		if err != nil {
+			return fmt.Errorf("read partition %s: %w", e.Name(), err)
+		}
+		d.Partitions = append(d.Partitions, part{e.Name(), dev})
+		dirs = append(dirs, sub)
+	}
+	for _, sub := range dirs {
+		holders, err := os.ReadDir(filepath.Join(sub, "holders"))
+		if err != nil {
+			return fmt.Errorf("read holders of %s: %w", d.Name, err)
+		}
+		for _, h := range holders {
+			d.Holders = append(d.Holders, h.Name())
+		}
+	}
+	return nil
+}
+
+func attribute(dir, name string) (string, error) {
+	b, err := os.ReadFile(filepath.Join(dir, name))
+	return strings.TrimSpace(strings.TrimRight(string(b), "\x00")), err
+}
+
+func mounts() ([]mount, error) {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("list mounts: %w", err)
+	}
+	return parseMountinfo(string(b))
+}
+
+// swaps returns the names of the block devices that are swapped to.
+func swaps() ([]string, error) {
+	b, err := os.ReadFile("/proc/swaps")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // a kernel without swap
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list swap space: %w", err)
+	}
+	var names []string
+	for line := range strings.Lines(string(b)) {
+		if path, ok := strings.CutPrefix(line, "/dev/"); ok {
+			names = append(names, strings.Fields(path)[0])
+		}
+	}
+	return names, nil
+}
+
+func devNumber(rdev uint64) string {
+	return fmt.Sprintf("%d:%d", unix.Major(rdev), unix.Minor(rdev))
+}

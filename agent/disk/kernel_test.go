@@ -1,0 +1,326 @@
+//go:build kernel
+
+package disk
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+// bench is a loop device with a serial: sysfs for it is a tree of links to the
+// real one, since only virtio and NVMe disks have serials.
+type bench struct {
+	*Disk
+	loop string // loop7
+	file string // behind it
+}
+
+const serial = "disk-abc12345"
+
+func newBench(t *testing.T, fs node.FileSystem, prepare func(file string)) *bench {
+	t.Helper()
+	dir := t.TempDir()
+	b := &bench{file: filepath.Join(dir, "file")}
+	f, err := os.Create(b.file)
+	if err == nil {
+		err = errors.Join(f.Truncate(400<<20), f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if prepare != nil {
+		prepare(b.file)
+	}
+	b.loop = strings.TrimPrefix(strings.TrimSpace(run(t, "losetup", "--direct-io=on", "--find", "--show", b.file)), "/dev/")
+	mnt := filepath.Join(dir, "mnt")
+	t.Cleanup(func() {
+		for unix.Unmount(mnt, 0) == nil {
+		}
+		clearImmutable(mnt)
+		run(t, "losetup", "--detach", "/dev/"+b.loop)
+	})
+	b.Disk = New(node.DiskConfig{DiskID: serial, FileSystem: fs, MountPoint: mnt}, filepath.Join(dir, "ledger"), slog.New(slog.DiscardHandler))
+	b.Disk.sys = filepath.Join(dir, "sys")
+	b.plug(t, b.loop, serial)
+	return b
+}
+
+// plug makes a device appear with a serial.
+func (b *bench) plug(t *testing.T, name, serial string) {
+	t.Helper()
+	dir := filepath.Join(b.sys, "block", name)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range []string{"dev", "size", "ro", "holders", "diskseq"} {
+		if err := os.Symlink(filepath.Join("/sys/block", name, a), filepath.Join(dir, a)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b.setSerial(t, serial)
+}
+
+func (b *bench) setSerial(t *testing.T, serial string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(b.sys, "block", b.loop, "serial"), []byte(serial), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	var stderr bytes.Buffer
+	cmd := exec.Command(name, args...)
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%s %s: %v: %s", name, strings.Join(args, " "), err, &stderr)
+	}
+	return string(out)
+}
+
+func clearImmutable(dir string) {
+	if f, err := os.Open(dir); err == nil {
+		if flags, err := unix.IoctlGetInt(int(f.Fd()), unix.FS_IOC_GETFLAGS); err == nil {
+			unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags&^0x10)
+		}
+		f.Close()
+	}
+}
+
+func (b *bench) plan(t *testing.T) (node.Plan, error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	return b.Plan(ctx)
+}
+
+// converge applies what is planned and expects nothing to be left.
+func (b *bench) converge(t *testing.T) string {
+	t.Helper()
+	p, err := b.plan(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Apply(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := b.plan(t); err != nil || !left.Empty() {
+		t.Fatalf("left after apply: %v%v", left, err)
+	}
+	return p.String()
+}
+
+func (b *bench) hash(t *testing.T) [32]byte {
+	t.Helper()
+	f, err := os.Open(b.file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		t.Fatal(err)
+	}
+	return [32]byte(h.Sum(nil))
+}
+
+func TestFormatAndMount(t *testing.T) {
+	for _, fs := range []node.FileSystem{node.Ext4, node.XFS} {
+		t.Run(string(fs), func(t *testing.T) {
+			b := newBench(t, fs, nil)
+			if got := b.converge(t); strings.Count(got, "\n") != 2 || !strings.HasPrefix(got, "format ") {
+				t.Errorf("plan of a blank disk:\n%s", got)
+			}
+			all, err := mounts()
+			if err != nil {
+				t.Fatal(err)
+			}
+			m, ok := (observed{Mounts: all}).at(b.want.MountPoint)
+			if !ok || m.FSType != string(fs) || m.Source != "/dev/"+b.loop {
+				t.Errorf("mounted: %+v", m)
+			}
+			if err := os.WriteFile(filepath.Join(b.want.MountPoint, "data"), []byte("kept"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			// A reboot: the file system is mounted again, not made again.
+			if err := unix.Unmount(b.want.MountPoint, 0); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(b.want.MountPoint, "beneath"), nil, 0o600); !errors.Is(err, unix.EPERM) {
+				t.Errorf("write beneath the missing mount: %v", err)
+			}
+			if got := b.converge(t); got != fmt.Sprintf("mount %s (%s) on %s\n", serial, fs, b.want.MountPoint) {
+				t.Errorf("plan after a reboot:\n%s", got)
+			}
+			// The system disk is replaced, the data disk kept.
+			if err := errors.Join(unix.Unmount(b.want.MountPoint, 0), os.RemoveAll(string(b.ledger))); err != nil {
+				t.Fatal(err)
+			}
+			if got := b.converge(t); !strings.HasPrefix(got, "adopt ") {
+				t.Errorf("plan without a ledger:\n%s", got)
+			}
+			if got, err := os.ReadFile(filepath.Join(b.want.MountPoint, "data")); err != nil || string(got) != "kept" {
+				t.Errorf("data: %q, %v", got, err)
+			}
+		})
+	}
+}
+
+// TestForeignIsLeftAlone compares every byte of the disk.
+func TestForeignIsLeftAlone(t *testing.T) {
+	for name, prepare := range map[string]func(file string){
+		"ext4":     func(f string) { run(t, "mkfs.ext4", "-q", f) },
+		"xfs":      func(f string) { run(t, "mkfs.xfs", "-q", f) },
+		"one byte": func(f string) { poke(t, f, 12345678, 1) },
+		"last":     func(f string) { poke(t, f, 400<<20-1, 1) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t, node.Ext4, prepare)
+			before := b.hash(t)
+			p, err := b.plan(t)
+			if node.ReasonOf(err, "") != "Foreign" || node.ClassOf(err) != node.ClassTerminal || !p.Empty() {
+				t.Errorf("plan %q, error %v", p, err)
+			}
+			have, oerr := b.observe(t.Context())
+			if oerr != nil {
+				t.Fatal(oerr)
+			}
+			if p, err := b.prove(t.Context(), have.Devices[0], entry{}); err == nil || p != nil {
+				t.Error("a permit was given")
+			}
+			if b.hash(t) != before {
+				t.Error("the disk has changed")
+			}
+		})
+	}
+}
+
+func poke(t *testing.T, file string, at int64, c byte) {
+	f, err := os.OpenFile(file, os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.WriteAt([]byte{c}, at)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestChangedBeforeFormat changes the world between the plan and its apply.
+func TestChangedBeforeFormat(t *testing.T) {
+	for name, change := range map[string]func(*testing.T, *bench){
+		"written to":   func(t *testing.T, b *bench) { poke(t, "/dev/"+b.loop, 1<<20, 7) },
+		"other serial": func(t *testing.T, b *bench) { b.setSerial(t, "disk-other000") },
+		"empty serial": func(t *testing.T, b *bench) { b.setSerial(t, "") },
+		"claimed": func(t *testing.T, b *bench) {
+			f, err := os.OpenFile("/dev/"+b.loop, os.O_RDONLY|unix.O_EXCL, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { f.Close() })
+		},
+		"mounted elsewhere": func(t *testing.T, b *bench) {
+			run(t, "mkfs.ext4", "-q", "/dev/"+b.loop)
+			dir := t.TempDir()
+			run(t, "mount", "/dev/"+b.loop, dir)
+			t.Cleanup(func() { unix.Unmount(dir, 0) })
+		},
+		"damaged ledger": func(t *testing.T, b *bench) {
+			if err := errors.Join(os.MkdirAll(string(b.ledger), 0o700),
+				os.WriteFile(filepath.Join(string(b.ledger), serial+".json"), []byte("{"), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t, node.Ext4, nil)
+			p, err := b.plan(t)
+			if err != nil || len(p.Changes) != 2 {
+				t.Fatalf("%v%v", p, err)
+			}
+			change(t, b)
+			unix.Sync()
+			before := b.hash(t)
+			if err := b.Apply(t.Context(), p); err == nil {
+				t.Error("the plan was applied all the same")
+			} else {
+				t.Log(err)
+			}
+			if b.hash(t) != before {
+				t.Error("the disk has changed")
+			}
+		})
+	}
+}
+
+func TestWatch(t *testing.T) {
+	b := newBench(t, node.Ext4, nil)
+	b.converge(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	woken := make(chan struct{}, 100)
+	ended := make(chan error, 1)
+	go func() { ended <- b.Watch(ctx, func() { woken <- struct{}{} }) }()
+	next := func(why string) {
+		t.Helper()
+		select {
+		case <-woken:
+		case err := <-ended:
+			t.Fatalf("watch ended before %s: %v", why, err)
+		case <-time.After(5 * time.Second):
+			t.Fatalf("not woken by %s", why)
+		}
+	}
+	drain := func() {
+		for time.Sleep(50 * time.Millisecond); len(woken) > 0; {
+			<-woken
+		}
+	}
+	next("the start")
+	drain()
+	if err := unix.Unmount(b.want.MountPoint, 0); err != nil {
+		t.Fatal(err)
+	}
+	next("an unmount")
+	drain()
+	if err := os.WriteFile("/sys/block/"+b.loop+"/uevent", []byte("change"), 0); err != nil {
+		t.Fatal(err)
+	}
+	next("a uevent")
+	drain()
+	other := t.TempDir()
+	if err := unix.Mount("tmpfs", other, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Unmount(other, 0); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(50 * time.Millisecond)
+	if n := len(woken); n > 0 {
+		t.Errorf("woken %d times by somebody else's mount", n)
+	}
+	cancel()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("watch ended with %v", err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Fatal("watch does not end")
+	}
+}

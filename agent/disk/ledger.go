@@ -1,0 +1,129 @@
+package disk
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+// ledger is the directory that holds, for each disk that was ever formatted or
+// adopted here, what was done to it. It is written before the disk is.
+type ledger string
+
+const (
+	stateFormatting = "formatting" // a file system with this uuid may be being made
+	stateFormatted  = "formatted"  // it was made, or found and adopted
+)
+
+// entry is what is known of one disk.
+type entry struct {
+	DiskID     string          `json:"diskID"`
+	MountPoint string          `json:"mountPoint"`
+	FileSystem node.FileSystem `json:"fileSystem"`
+	UUID       string          `json:"uuid"`
+	State      string          `json:"state"`
+	SizeBytes  int64           `json:"sizeBytes"`
+	At         time.Time       `json:"at"`
+}
+
+func (e entry) valid(id string) error {
+	switch {
+	case e.DiskID != id:
+		return fmt.Errorf("it is about %q", e.DiskID)
+	case e.State != stateFormatting && e.State != stateFormatted:
+		return fmt.Errorf("unknown state %q", e.State)
+	case len(e.UUID) != 36, e.MountPoint == "", e.FileSystem == "":
+		return errors.New("it is incomplete")
+	}
+	return nil
+}
+
+// read returns every entry. A damaged one is a terminal error: without it
+// nobody knows whether the disk has been used before.
+func (l ledger) read() (map[string]entry, error) {
+	files, err := os.ReadDir(string(l))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read disk ledger: %w", err)
+	}
+	entries := map[string]entry{}
+	for _, f := range files {
+		id, ok := strings.CutSuffix(f.Name(), ".json")
+		if !ok {
+			continue // what a crash left of a write; it was never renamed
+		}
+		path := filepath.Join(string(l), f.Name())
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return nil, fmt.Errorf("read disk ledger: %w", err)
+		}
+		e, err := decodeEntry(id, b)
+		if err != nil {
+			return nil, node.Terminal("LedgerDamaged",
+				fmt.Sprintf("nothing is formatted while it is unreadable; remove it if %s may be treated as never seen", id),
+				fmt.Errorf("read disk ledger %s: %w", path, err))
+		}
+		entries[id] = e
+	}
+	return entries, nil
+}
+
+func decodeEntry(id string, b []byte) (entry, error) {
+	var e entry
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&e); err != nil {
+		return entry{}, err
+	}
+	if d.More() {
+		return entry{}, errors.New("something follows the entry")
+	}
+	return e, e.valid(id)
+}
+
+// write stores e, dated now, and returns once it is on stable storage.
+func (l ledger) write(e entry) error {
+	e.At = time.Now().UTC().Truncate(time.Second)
+	b, err := json.MarshalIndent(e, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encode disk ledger: %w", err)
+	}
+	if err := os.MkdirAll(string(l), 0o700); err != nil {
+		return fmt.Errorf("write disk ledger: %w", err)
+	}
+	path := filepath.Join(string(l), e.DiskID+".json")
+	f, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return fmt.Errorf("write disk ledger: %w", err)
+	}
+	_, err = f.Write(append(b, '\n'))
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err == nil {
+		err = syncDir(string(l))
+	}
+	if err != nil {
+		return fmt.Errorf("write disk ledger: %w", err)
+	}
+	return nil
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

@@ -1,0 +1,313 @@
+package disk
+
+import (
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+// observed is the machine as far as one disk is concerned.
+type observed struct {
+	Devices []device         `json:"devices"`
+	Mounts  []mount          `json:"mounts,omitempty"`
+	Swaps   []string         `json:"swaps,omitempty"`  // names of devices: vdb, vdb1
+	Ledger  map[string]entry `json:"ledger,omitempty"` // by disk id
+	Content content          `json:"content,omitzero"` // of the wanted disk, unless it is mounted
+}
+
+// device is a whole block device with a serial attribute.
+type device struct {
+	Name       string `json:"name"`   // vdb: where it is now, never what it is
+	Dev        string `json:"dev"`    // 253:16
+	Serial     string `json:"serial"` // read live; empty means unknown, not none
+	SizeBytes  int64  `json:"sizeBytes"`
+	Seq        string `json:"-"` // diskseq: no two devices of a boot share it; empty before Linux 5.15
+	ReadOnly   bool   `json:"readOnly,omitempty"`
+	Partitions []part `json:"partitions,omitempty"`
+	// Holders are the devices stacked on it or on one of its partitions: dm-0, md0.
+	Holders []string `json:"holders,omitempty"`
+}
+
+type part struct {
+	Name string `json:"name"`
+	Dev  string `json:"dev"`
+}
+
+// mount is a line of mountinfo.
+type mount struct {
+	Dev    string `json:"dev"`
+	Target string `json:"target"`
+	FSType string `json:"fsType"`
+	Source string `json:"source,omitempty"`
+	// ReadOnly is true if the mount or its file system is, as ext4 makes itself
+	// after an error.
+	ReadOnly bool `json:"readOnly,omitempty"`
+}
+
+// content is what reading a disk showed.
+type content struct {
+	// Unreadable is the first read error. Nothing else is known then.
+	Unreadable string `json:"unreadable,omitempty"`
+	// Busy says that another program holds the disk's lock.
+	Busy  bool `json:"busy,omitempty"`
+	Blank bool `json:"blank,omitempty"`
+	// Signatures names everything recognised; UUID and Label are those of the
+	// file system if there is exactly one signature and it is ext4 or xfs.
+	Signatures []string `json:"signatures,omitempty"`
+	UUID       string   `json:"uuid,omitempty"`
+	Label      string   `json:"label,omitempty"`
+	Evidence   string   `json:"evidence,omitempty"` // first bytes found, and where
+}
+
+func (c content) String() string {
+	var b strings.Builder
+	switch {
+	case c.Blank:
+		return "nothing"
+	case c.Unreadable != "":
+		return "something unreadable (" + c.Unreadable + ")"
+	case len(c.Signatures) == 0:
+		b.WriteString("data that no known signature explains")
+	default:
+		b.WriteString(strings.Join(c.Signatures, " and "))
+	}
+	if c.UUID != "" {
+		fmt.Fprintf(&b, " (uuid %s, label %q)", c.UUID, c.Label)
+	}
+	if c.Evidence != "" {
+		fmt.Fprintf(&b, ", %s", c.Evidence)
+	}
+	return b.String()
+}
+
+type verb string
+
+const (
+	format verb = "format"
+	adopt  verb = "adopt"
+	attach verb = "mount"
+)
+
+type step struct {
+	verb verb
+	text string
+}
+
+// decide returns what has to be done to the wanted disk, or why nothing may be.
+func decide(want node.DiskConfig, have observed) ([]step, error) {
+	dev, err := bind(want, have)
+	if err != nil {
+		return nil, err
+	}
+	if m, ok := have.at(want.MountPoint); ok {
+		return nil, mounted(dev, m)
+	}
+	if err := unused(dev, have); err != nil {
+		return nil, err
+	}
+	return fromContent(want, dev, have)
+}
+
+// bind returns the one device that is the wanted disk.
+func bind(want node.DiskConfig, have observed) (device, error) {
+	id := want.DiskID
+	if id == "" {
+		var err error
+		if id, err = onlyDataDisk(want, have); err != nil {
+			return device{}, err
+		}
+	}
+	var found []device
+	var mute []string
+	for _, d := range have.Devices {
+		switch d.Serial {
+		case id:
+			found = append(found, d)
+		case "":
+			mute = append(mute, "/dev/"+d.Name)
+		}
+	}
+	switch len(found) {
+	case 1:
+		return found[0], nil
+	case 0:
+		text := id + " is not attached"
+		if len(mute) > 0 {
+			text += fmt.Sprintf(" (%s has not told its serial)", strings.Join(mute, ", "))
+		}
+		return device{}, node.Waiting("Absent", "%s", text)
+	default:
+		return device{}, node.Terminal("Ambiguous", "detach all but the right one",
+			fmt.Errorf("%d block devices claim the serial %s: %s", len(found), id, names(found)))
+	}
+}
+
+// diskID is what a CBS disk's serial looks like; virtio carries 20 bytes of it.
+var diskID = regexp.MustCompile(`^disk-[a-z0-9]{1,15}$`)
+
+// onlyDataDisk returns the id of the disk that a DiskConfig without an id means.
+// Once a disk has been used for the mount point, it is that one for ever.
+func onlyDataDisk(want node.DiskConfig, have observed) (string, error) {
+	var known []string
+	for id, e := range have.Ledger {
+		if e.MountPoint == want.MountPoint {
+			known = append(known, id)
+		}
+	}
+	slices.Sort(known)
+	switch {
+	case len(known) == 1:
+		return known[0], nil
+	case len(known) > 1:
+		return "", node.Terminal("Ambiguous", "set disks[].diskID in the NodeConfig",
+			fmt.Errorf("several disks have been used for %s: %s", want.MountPoint, strings.Join(known, ", ")))
+	}
+	var found []device
+	for _, d := range have.Devices {
+		if diskID.MatchString(d.Serial) && strings.HasPrefix(d.Name, "vd") && !have.holdsRoot(d) {
+			found = append(found, d)
+		}
+	}
+	switch len(found) {
+	case 1:
+		return found[0].Serial, nil
+	case 0:
+		return "", node.Waiting("Absent", "no data disk is attached; one is wanted for %s", want.MountPoint)
+	default:
+		return "", node.Terminal("Ambiguous", "set disks[].diskID in the NodeConfig",
+			fmt.Errorf("the NodeConfig names no disk for %s and %d are attached: %s", want.MountPoint, len(found), names(found)))
+	}
+}
+
+// mounted judges what is mounted where the disk belongs.
+func mounted(dev device, m mount) error {
+	switch {
+	case m.Dev != dev.Dev:
+		return node.Terminal("MountPointBusy", fmt.Sprintf("unmount it; tkenode then mounts %s there", dev.Serial),
+			fmt.Errorf("%s carries a mount of %s (%s, device %s), not of %s", m.Target, m.Source, m.FSType, m.Dev, dev))
+	case m.ReadOnly:
+		return node.Terminal("ReadonlyFilesystem", "look for the cause with `dmesg`, then drain and reboot the node",
+			fmt.Errorf("%s is mounted read-only on %s", dev, m.Target))
+	}
+	return nil
+}
+
+// unused returns an error if anybody uses the device.
+func unused(dev device, have observed) error {
+	inUse := func(text string, args ...any) error {
+		return node.Terminal("InUse", "tkenode takes whole disks that nobody uses; name another disk in the NodeConfig, or free this one",
+			fmt.Errorf("%s %s", dev, fmt.Sprintf(text, args...)))
+	}
+	for _, m := range have.Mounts {
+		if dev.owns(m.Dev) {
+			return inUse("is mounted on %s", m.Target)
+		}
+	}
+	for _, s := range have.Swaps {
+		if s == dev.Name || slices.ContainsFunc(dev.Partitions, func(p part) bool { return p.Name == s }) {
+			return inUse("is swap space (%s)", s)
+		}
+	}
+	if len(dev.Holders) > 0 {
+		return inUse("is held by %s", strings.Join(dev.Holders, ", "))
+	}
+	return nil
+}
+
+// fromContent decides by what is on the disk and what the ledger knows of it.
+func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error) {
+	c, past := have.Content, have.Ledger[dev.Serial]
+	fs := string(want.FileSystem)
+	mount := step{attach, fmt.Sprintf("mount %s (%s) on %s", dev.Serial, fs, want.MountPoint)}
+	one := len(c.Signatures) == 1 && len(dev.Partitions) == 0
+	switch {
+	case c.Busy:
+		return nil, node.Waiting("Busy", "%s is locked by another program", dev)
+	case c.Unreadable != "":
+		return nil, &node.Error{Class: node.ClassTransient, Reason: "Unreadable",
+			Err: fmt.Errorf("%s cannot be read, so it counts as holding data: %s", dev, c.Unreadable)}
+	case dev.ReadOnly:
+		return nil, node.Terminal("ReadOnly", "attach it writable", fmt.Errorf("%s is a read-only device", dev))
+	case c.Blank && past.State == stateFormatted:
+		return nil, node.Terminal("Lost", fmt.Sprintf("if its data may be lost, remove %s.json from tkenode's disk ledger", dev.Serial),
+			fmt.Errorf("%s reads as blank, but was formatted on %s (uuid %s)", dev, past.At.Format("2006-01-02 15:04:05Z"), past.UUID))
+	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
+		return []step{{format, fmt.Sprintf("format %s with %s: every byte read is zero", dev, fs)}, mount}, nil
+	case one && c.UUID != "" && (c.UUID == past.UUID || c.Label == label(dev.Serial)):
+		if c.Signatures[0] != fs {
+			return nil, node.Terminal("WrongFileSystem", fmt.Sprintf("set fileSystem: %s in the NodeConfig", c.Signatures[0]),
+				fmt.Errorf("%s holds tkenode's %s, the NodeConfig asks for %s", dev, c, fs))
+		}
+		if past.UUID == c.UUID && past.State == stateFormatted && past.MountPoint == want.MountPoint {
+			return []step{mount}, nil
+		}
+		return []step{{adopt, fmt.Sprintf("adopt %s: it holds tkenode's %s (uuid %s)", dev.Serial, fs, c.UUID)}, mount}, nil
+	case past.State == stateFormatting:
+		return nil, node.Terminal("FormatInterrupted", eraseIt,
+			fmt.Errorf("formatting %s began on %s and was cut off; it now holds %s", dev, past.At.Format("2006-01-02 15:04:05Z"), c))
+	}
+	if len(dev.Partitions) > 0 {
+		c.Signatures = append([]string{"partitions"}, c.Signatures...)
+	}
+	return nil, node.Terminal("Foreign", eraseIt, fmt.Errorf("%s is not blank and not tkenode's: it holds %s; nothing was written", dev, c))
+}
+
+const eraseIt = "name another disk in the NodeConfig, or save what you need and attach a blank disk"
+
+// at returns the topmost mount at target.
+func (o observed) at(target string) (mount, bool) {
+	for _, m := range slices.Backward(o.Mounts) {
+		if m.Target == target {
+			return m, true
+		}
+	}
+	return mount{}, false
+}
+
+func (o observed) holdsRoot(d device) bool {
+	m, ok := o.at("/")
+	return ok && d.owns(m.Dev)
+}
+
+// owns reports whether dev is the device or one of its partitions.
+func (d device) owns(dev string) bool {
+	return d.Dev == dev || slices.ContainsFunc(d.Partitions, func(p part) bool { return p.Dev == dev })
+}
+
+func (d device) String() string {
+	return fmt.Sprintf("%s (/dev/%s, %s)", d.Serial, d.Name, size(d.SizeBytes))
+}
+
+func names(all []device) string {
+	var out []string
+	for _, d := range all {
+		out = append(out, d.String())
+	}
+	slices.Sort(out)
+	return strings.Join(out, ", ")
+}
+
+// label returns the file system label that marks a disk as formatted by tkenode
+// for this disk id. xfs allows 12 bytes.
+func label(id string) string {
+	id = strings.TrimPrefix(id, "disk-")
+	return "tke-" + id[max(0, len(id)-8):]
+}
+
+func size(b int64) string {
+	for _, u := range []struct {
+		unit  int64
+		label string
+	}{{1 << 40, "TiB"}, {1 << 30, "GiB"}, {1 << 20, "MiB"}} {
+		if b >= u.unit {
+			return strings.TrimSuffix(fmt.Sprintf("%.1f", float64(b)/float64(u.unit)), ".0") + " " + u.label
+		}
+	}
+	return fmt.Sprintf("%d bytes", b)
+}
+
+var errChanged = errors.New("the disk changed while it was looked at")
