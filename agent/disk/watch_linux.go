@@ -18,11 +18,13 @@ func (d *Disk) Watch(ctx context.Context, wake func()) error {
 		return err
 	}
 	defer events.Close()
-	info, err := os.Open("/proc/self/mountinfo")
+	// Not by os.Open: the runtime would poll the file, too, and a change is told
+	// to whoever polls first.
+	info, err := unix.Open("/proc/self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("watch mounts: %w", err)
 	}
-	defer info.Close()
+	defer unix.Close(info)
 	ended, end, err := os.Pipe()
 	if err != nil {
 		return fmt.Errorf("watch block devices: %w", err)
@@ -38,7 +40,7 @@ func (d *Disk) Watch(ctx context.Context, wake func()) error {
 	wake()
 	fds := []unix.PollFd{
 		{Fd: int32(events.Fd()), Events: unix.POLLIN},
-		{Fd: int32(info.Fd()), Events: unix.POLLPRI}, // POLLERR tells of a change, too
+		{Fd: int32(info), Events: unix.POLLPRI}, // POLLERR tells of a change, too
 		{Fd: int32(ended.Fd()), Events: unix.POLLIN},
 	}
 	for {
@@ -79,7 +81,7 @@ func (d *Disk) mountedNow() (mount, error) {
 
 // uevents returns a socket on which the kernel announces its devices.
 func uevents() (*os.File, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.NETLINK_KOBJECT_UEVENT)
 	if err != nil {
 		return nil, fmt.Errorf("watch block devices: %w", err)
 	}
