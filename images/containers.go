@@ -13,17 +13,19 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/tkenode/tkenode/agent/node"
 )
 
 // The container images. Their versions are those of go.mod in components/; a test
 // holds them together. The name is ours and no registry's: nothing is pulled.
 const (
-	Pause     = "registry.tkenode.io/pause:1.0"
-	CoreDNS   = "registry.tkenode.io/coredns:v1.15.0"
-	KubeProxy = "registry.tkenode.io/kube-proxy:v1.36.3"
+	Pause     = node.PauseImage
+	CoreDNS   = "localhost/tkenode/coredns:v1.15.0"
+	KubeProxy = "localhost/tkenode/kube-proxy:v1.36.3"
 	// Web is what the lab's pods run: a shell, the usual tools, and a web server on
 	// port 8080 that serves /www.
-	Web = "registry.tkenode.io/web:1.0"
+	Web = "localhost/tkenode/web:1.0"
 )
 
 // containerImage says what is in an image and what it runs.

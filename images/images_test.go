@@ -270,10 +270,10 @@ func TestVersionsOfGoMod(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := "registry.tkenode.io/kube-proxy:" + v["k8s.io/kubernetes"]; KubeProxy != want {
+	if want := "localhost/tkenode/kube-proxy:" + v["k8s.io/kubernetes"]; KubeProxy != want {
 		t.Errorf("KubeProxy is %s, want %s", KubeProxy, want)
 	}
-	if want := "registry.tkenode.io/coredns:" + v["github.com/coredns/coredns"]; CoreDNS != want {
+	if want := "localhost/tkenode/coredns:" + v["github.com/coredns/coredns"]; CoreDNS != want {
 		t.Errorf("CoreDNS is %s, want %s", CoreDNS, want)
 	}
 	flags := ldflags(v)
