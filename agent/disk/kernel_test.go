@@ -140,7 +140,7 @@ func (b *bench) hash(t *testing.T) [32]byte {
 	return [32]byte(h.Sum(nil))
 }
 
-func TestFormatAndMount(t *testing.T) {
+func TestKernelFormatAndMount(t *testing.T) {
 	for _, fs := range []node.FileSystem{node.Ext4, node.XFS} {
 		t.Run(string(fs), func(t *testing.T) {
 			b := newBench(t, fs, nil)
@@ -182,8 +182,8 @@ func TestFormatAndMount(t *testing.T) {
 	}
 }
 
-// TestForeignIsLeftAlone compares every byte of the disk.
-func TestForeignIsLeftAlone(t *testing.T) {
+// TestKernelForeignIsLeftAlone compares every byte of the disk.
+func TestKernelForeignIsLeftAlone(t *testing.T) {
 	for name, prepare := range map[string]func(file string){
 		"ext4":     func(f string) { run(t, "mkfs.ext4", "-q", f) },
 		"xfs":      func(f string) { run(t, "mkfs.xfs", "-q", f) },
@@ -222,8 +222,8 @@ func poke(t *testing.T, file string, at int64, c byte) {
 	}
 }
 
-// TestChangedBeforeFormat changes the world between the plan and its apply.
-func TestChangedBeforeFormat(t *testing.T) {
+// TestKernelChangedBeforeFormat changes the world between the plan and its apply.
+func TestKernelChangedBeforeFormat(t *testing.T) {
 	for name, change := range map[string]func(*testing.T, *bench){
 		"written to":   func(t *testing.T, b *bench) { poke(t, "/dev/"+b.loop, 1<<20, 7) },
 		"other serial": func(t *testing.T, b *bench) { b.setSerial(t, "disk-other000") },
@@ -269,7 +269,7 @@ func TestChangedBeforeFormat(t *testing.T) {
 	}
 }
 
-func TestWatch(t *testing.T) {
+func TestKernelWatch(t *testing.T) {
 	b := newBench(t, node.Ext4, nil)
 	b.converge(t)
 	ctx, cancel := context.WithCancel(t.Context())

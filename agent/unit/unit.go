@@ -1,0 +1,255 @@
+// Package unit keeps containerd and kubelet running as systemd units: the files
+// that they read, their start and restart, whether they answer, and the images
+// that containerd must hold from the start.
+//
+// systemd is the supervisor: it restarts what exits, and keeps both running
+// while the agent does not. This package never stops a unit, and restarts one
+// only because what it reads has changed.
+package unit
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+const (
+	systemDir    = "/etc/systemd/system"
+	probeTimeout = 2 * time.Second
+	probeEvery   = 10 * time.Second       // while it answers
+	probeSoon    = 250 * time.Millisecond // while it starts
+	startGrace   = time.Minute            // how long it may run before it answers
+)
+
+// Unit is one systemd unit with the files that it reads at its start. It
+// satisfies reconcile.Module.
+type Unit struct {
+	name  string // containerd.service
+	cond  node.ConditionType
+	needs []node.ConditionType
+	after string // unit that has to be up before this one is started; may be empty
+	files []node.File
+	probe func(context.Context) error
+	bus   Bus
+	root  string // prefix of every path: "" but in tests
+
+	mu sync.Mutex // held by Apply
+}
+
+// Containerd returns the module of containerd.service, which keeps those of
+// files that are the unit's.
+func Containerd(files []node.File, bus Bus, rt *Runtime) *Unit {
+	return &Unit{
+		name: node.ContainerdUnit, cond: node.RuntimeReady,
+		needs: []node.ConditionType{node.DisksReady},
+		files: filesOf(node.ContainerdUnit, files), probe: rt.probe, bus: bus,
+	}
+}
+
+// Kubelet returns the module of kubelet.service. It does not wait for the baked
+// images, which are imported while kubelet starts, only for containerd.
+func Kubelet(files []node.File, bus Bus) *Unit {
+	return &Unit{
+		name: node.KubeletUnit, cond: node.KubeletReady,
+		needs: []node.ConditionType{node.DisksReady, node.NodeJoined}, after: node.ContainerdUnit,
+		files: filesOf(node.KubeletUnit, files), probe: kubeletHealthz, bus: bus,
+	}
+}
+
+// filesOf returns the files that the unit reads, and a drop-in that puts their
+// digest into the environment of the unit's processes. So the process itself
+// tells what it has read at its start, whoever started it, and the agent may die
+// between any two steps.
+func filesOf(unit string, files []node.File) []node.File {
+	var own []node.File
+	for _, f := range files {
+		if slices.Contains(f.Units, unit) {
+			own = append(own, f)
+		}
+	}
+	return append(own, node.File{
+		Path: filepath.Join(systemDir, unit+".d", "10-tkenode.conf"),
+		Mode: 0o644,
+		Data: fmt.Appendf(nil, "[Service]\nEnvironment=%s=%s\n", digestVariable, digest(own)),
+	})
+}
+
+// digestVariable is the name of the environment variable.
+const digestVariable = "TKENODE_FILES"
+
+func digest(files []node.File) string {
+	files = slices.SortedFunc(slices.Values(files), func(a, b node.File) int { return strings.Compare(a.Path, b.Path) })
+	h := sha256.New()
+	for _, f := range files {
+		fmt.Fprintf(h, "%q %v %d\n", f.Path, f.Mode, len(f.Data))
+		h.Write(f.Data)
+	}
+	return hex.EncodeToString(h.Sum(nil)[:16])
+}
+
+// Name returns "unit/containerd" or "unit/kubelet".
+func (u *Unit) Name() string { return "unit/" + strings.TrimSuffix(u.name, ".service") }
+
+// Condition returns the condition that the unit serves.
+func (u *Unit) Condition() node.ConditionType { return u.cond }
+
+// Needs returns what has to be so before the unit is looked at.
+func (u *Unit) Needs() []node.ConditionType { return u.needs }
+
+// Watch wakes the unit whenever systemd says that its state has changed.
+func (u *Unit) Watch(ctx context.Context, wake func()) error {
+	names := []string{u.name}
+	if u.after != "" {
+		names = append(names, u.after)
+	}
+	return u.bus.Watch(ctx, names, wake)
+}
+
+// Plan compares files and unit with what is wanted.
+func (u *Unit) Plan(ctx context.Context) (node.Plan, error) {
+	have, err := u.observe(ctx)
+	if err != nil {
+		return node.Plan{}, err
+	}
+	v := decide(u.want(), have)
+	p := node.Plan{Again: v.again}
+	for _, s := range v.steps {
+		p.Add(func(ctx context.Context) error { return u.do(ctx, s) }, "%s", s.text)
+	}
+	return p, v.err
+}
+
+// Apply carries p out.
+func (u *Unit) Apply(ctx context.Context, p node.Plan) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return p.Apply(ctx)
+}
+
+func (u *Unit) want() want {
+	return want{unit: u.name, files: u.files, digest: digest(u.files[:len(u.files)-1]), after: u.after}
+}
+
+func (u *Unit) observe(ctx context.Context) (observed, error) {
+	have := observed{Files: map[string]file{}}
+	for _, f := range u.files {
+		got, err := readFile(u.root+f.Path, len(f.Data))
+		if err != nil {
+			return have, err
+		}
+		have.Files[f.Path] = got
+	}
+	var err error
+	if have.Unit, err = u.bus.Unit(ctx, u.name); err != nil {
+		return have, err
+	}
+	if u.after != "" {
+		dep, err := u.bus.Unit(ctx, u.after)
+		if err != nil {
+			return have, err
+		}
+		have.After = dep.Active
+	}
+	switch {
+	case have.Unit.running():
+		ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+		defer cancel()
+		if err := u.probe(ctx); err != nil {
+			have.Probe = err.Error()
+		}
+	case have.Unit.Result != "" && have.Unit.Result != "success":
+		have.Unit.LastLog = u.bus.LastLog(ctx, u.name)
+	}
+	return have, nil
+}
+
+// do carries out one step. Writing what is there already, starting what runs and
+// reloading twice are harmless, so each is done as it was planned.
+func (u *Unit) do(ctx context.Context, s step) error {
+	switch s.verb {
+	case write:
+		return writeFile(u.root, s.file)
+	case reload:
+		return u.bus.Reload(ctx)
+	case start:
+		return u.explain(ctx, u.bus.Start(ctx, u.name))
+	default:
+		return u.explain(ctx, u.bus.Restart(ctx, u.name))
+	}
+}
+
+// explain adds to a failed job what the unit's own state and journal say.
+func (u *Unit) explain(ctx context.Context, err error) error {
+	if err == nil || ctx.Err() != nil || node.ClassOf(err) == node.ClassWaiting {
+		return err
+	}
+	s, serr := u.bus.Unit(ctx, u.name)
+	if serr != nil {
+		return err
+	}
+	s.LastLog = u.bus.LastLog(ctx, u.name)
+	return fmt.Errorf("%w: %s", err, s.failure())
+}
+
+// readFile reads a regular file, and no more of it than can be of interest.
+func readFile(path string, size int) (file, error) {
+	st, err := os.Lstat(path)
+	switch {
+	case os.IsNotExist(err):
+		return file{}, nil
+	case err != nil:
+		return file{}, fmt.Errorf("read %s: %w", path, err)
+	case !st.Mode().IsRegular(), st.Size() != int64(size):
+		return file{Exists: true, Mode: st.Mode().Perm()}, nil
+	}
+	b, err := os.ReadFile(path)
+	if err != nil && !os.IsNotExist(err) {
+		return file{}, fmt.Errorf("read %s: %w", path, err)
+	}
+	return file{Exists: err == nil, Mode: st.Mode().Perm(), Data: string(b)}, nil
+}
+
+// writeFile replaces a file as a whole: whoever reads it finds the old or the
+// new one, also after a power cut.
+func writeFile(root string, f node.File) (err error) {
+	path := root + f.Path
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(tmp.Name())
+		}
+	}()
+	if _, err := tmp.Write(f.Data); err != nil {
+		tmp.Close()
+		return err
+	}
+	if err := firstError(tmp.Chmod(f.Mode&fs.ModePerm), tmp.Sync(), tmp.Close()); err != nil {
+		return err
+	}
+	return os.Rename(tmp.Name(), path)
+}
+
+func firstError(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
