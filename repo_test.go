@@ -74,6 +74,7 @@ var mayImport = map[string][]string{
 	"agent/tencent":   {"agent/node"},
 	"agent/api":       {"agent/node", "agent/reconcile"},
 	"bootstrap":       {"agent/node", "bootstrap/nodeconfig"},
+	"cmd/tke-eni":     {"agent/eni/cni"},
 	"lab/vpc":         {},
 	"lab/proc":        {},
 }

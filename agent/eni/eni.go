@@ -1,0 +1,188 @@
+// Package eni gives pods addresses of the VPC. It is two modules and the server
+// that the CNI plugin asks. The Pool owns the cloud's side: secondary ENIs of
+// this instance, their addresses, and which of them may be used. The Paths own
+// the kernel's side: links, routes, rules, nftables and sysctls, on the host and
+// in every pod. What both know outlives the agent in the ledger.
+//
+// The layout in the kernel costs a packet the same however many pods there are:
+//
+//	rule 512    from all lookup 4000             table 4000: a /32 for every local pod
+//	nft map     saddr of a pod → slot of its ENI, as bits of the packet's mark
+//	rule 1536+s fwmark of slot s lookup 4001+s   table 4001+s: default through the ENI, else unreachable
+//
+// A slot is a number of ours and never a device index: those change with every
+// attach, and tables that follow them have collided with other software's.
+//
+// It is not a network policy, a load balancer or a way out of the VPC, it never
+// configures the primary ENI beyond its reverse path filter, and it deletes
+// nothing that it cannot prove to be its own.
+package eni
+
+import (
+	"cmp"
+	"context"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/tkenode/tkenode/agent/eni/cni"
+	"github.com/tkenode/tkenode/agent/node"
+	"github.com/tkenode/tkenode/agent/tencent"
+)
+
+// coolDown is how long an address rests after its pod. A connection that another
+// node's conntrack holds in SYN_SENT for the old pod lives 120 s
+// (nf_conntrack_tcp_timeout_syn_sent); with less, its packets reach the new pod.
+const coolDown = 130 * time.Second
+
+// Cloud is what the pool asks of the cloud's API; *tencent.Client does it.
+type Cloud interface {
+	DescribeENIs(ctx context.Context, instanceID string) ([]tencent.ENI, error)
+	DescribeTaggedENIs(ctx context.Context, tags map[string]string) ([]tencent.ENI, error)
+	DescribeSubnets(ctx context.Context, ids []string) ([]tencent.Subnet, error)
+	CreateENI(ctx context.Context, spec tencent.ENISpec) (tencent.ENI, string, error)
+	AttachENI(ctx context.Context, eniID, instanceID, clientToken string) (string, error)
+	AssignIPs(ctx context.Context, eniID string, n int, clientToken string) ([]tencent.IP, string, error)
+}
+
+// Options say where things are. The zero value of a field is the node's own.
+type Options struct {
+	// Sealed returns the configuration in force; false while there is none.
+	Sealed func() (node.Sealed, bool)
+	Cloud  Cloud
+	Log    *slog.Logger
+
+	Dir            string // of the ledger; /var/lib/tkenode/eni
+	Conflist       string // /etc/cni/net.d/10-tke-eni.conflist
+	ConfiguredFile string // cni.ConfiguredFile
+}
+
+// Network is the node's side of a VPC: Pool and Paths, and the CNI server.
+type Network struct {
+	log    *slog.Logger
+	sealed func() (node.Sealed, bool)
+	ledger *ledger
+	pool   *Pool
+	paths  *Paths
+
+	demand chan struct{} // an ADD found no address
+
+	mu      sync.Mutex // guards blocked
+	blocked error      // why the pool has no more addresses, as of its last plan
+}
+
+// New returns the network. It touches nothing before its modules are planned.
+func New(o Options) *Network {
+	o.Dir = cmp.Or(o.Dir, "/var/lib/tkenode/eni")
+	o.Conflist = cmp.Or(o.Conflist, "/etc/cni/net.d/10-tke-eni.conflist")
+	o.ConfiguredFile = cmp.Or(o.ConfiguredFile, cni.ConfiguredFile)
+	if o.Log == nil {
+		o.Log = slog.Default()
+	}
+	n := &Network{
+		log:    o.Log,
+		sealed: o.Sealed,
+		ledger: newLedger(o.Dir, o.Log),
+		demand: make(chan struct{}, 1),
+	}
+	n.pool = &Pool{network: n, cloud: o.Cloud, subnets: map[string]tencent.Subnet{}}
+	n.paths = &Paths{network: n, conflist: o.Conflist, configured: o.ConfiguredFile, ready: map[int]int{}}
+	return n
+}
+
+// Pool returns the module of the cloud's side.
+func (n *Network) Pool() *Pool { return n.pool }
+
+// Paths returns the module of the kernel's side.
+func (n *Network) Paths() *Paths { return n.paths }
+
+// Close gives up the ledger and the kernel's sockets. Nothing is taken down.
+func (n *Network) Close() error {
+	n.paths.close()
+	return n.ledger.close()
+}
+
+// current returns the configuration in force and the ledger's state, once both
+// are of this instance.
+func (n *Network) current() (node.Sealed, state, error) {
+	sealed, ok := n.sealed()
+	if !ok {
+		return sealed, state{}, node.Waiting("ConfigNotSealed", "no sealed configuration yet")
+	}
+	s, err := n.ledger.state()
+	return sealed, s, err
+}
+
+// setBlocked remembers why no address can be had, for whoever waits for one.
+func (n *Network) setBlocked(err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.blocked = err
+}
+
+// State is the pool and the pods as they are known now.
+type State struct {
+	ENIs []ENIState `json:"enis"`
+	Pods []Pod      `json:"pods"`
+	// Blocked says why the pool gets no more addresses, if it wants some.
+	Blocked string `json:"blocked,omitempty"`
+}
+
+// ENIState is one secondary ENI.
+type ENIState struct {
+	Slot
+	Addresses []AddressState `json:"addresses"`
+}
+
+// AddressState is one address of an ENI: "free", "used", "cooling" until a time,
+// or "gone": the cloud no longer has it although a pod does.
+type AddressState struct {
+	Addr  netip.Addr `json:"addr"`
+	State string     `json:"state"`
+	Pod   string     `json:"pod,omitempty"`
+	Until time.Time  `json:"until,omitzero"`
+}
+
+// State returns what `tkenode eni` and `tkenode pods` print.
+func (n *Network) State() (State, error) {
+	s, err := n.ledger.state()
+	if err != nil {
+		return State{}, err
+	}
+	out := State{ENIs: []ENIState{}, Pods: s.pods()}
+	n.mu.Lock()
+	if n.blocked != nil {
+		out.Blocked = n.blocked.Error()
+	}
+	n.mu.Unlock()
+	now := time.Now()
+	for _, slot := range s.slots() {
+		out.ENIs = append(out.ENIs, ENIState{Slot: slot, Addresses: s.addresses(slot, now)})
+	}
+	return out, nil
+}
+
+func (s state) addresses(slot Slot, now time.Time) []AddressState {
+	all := []AddressState{}
+	for _, a := range slot.Addrs {
+		st := AddressState{Addr: a, State: "free"}
+		if until := s.Rested[a]; until.After(now) {
+			st.State, st.Until = "cooling", until
+		}
+		all = append(all, st)
+	}
+	for _, p := range s.pods() {
+		if p.ENI != slot.ENI {
+			continue
+		}
+		i := slices.IndexFunc(all, func(a AddressState) bool { return a.Addr == p.Addr })
+		if i < 0 {
+			all = append(all, AddressState{Addr: p.Addr, State: "gone", Pod: p.String()})
+			continue
+		}
+		all[i] = AddressState{Addr: p.Addr, State: "used", Pod: p.String()}
+	}
+	return all
+}

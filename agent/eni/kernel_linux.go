@@ -1,0 +1,354 @@
+package eni
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/tkenode/tkenode/agent/eni/cni"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// kernel is this network namespace, and the one of the pod that was last asked
+// for. It is for one user at a time.
+type kernel struct {
+	nl  *netlink.Handle
+	nft *nft
+	pod *podKernel
+}
+
+// podKernel is the network namespace of a pod.
+type podKernel struct {
+	path string
+	ns   *os.File
+	nl   *netlink.Handle
+}
+
+// netlinkTimeout bounds one answer of the kernel.
+const netlinkTimeout = 10 * time.Second
+
+func openKernel() (*kernel, error) {
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	if err := nl.SetSocketTimeout(netlinkTimeout); err != nil {
+		nl.Close()
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	f, err := openNFT()
+	if err != nil {
+		nl.Close()
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	return &kernel{nl: nl, nft: f}, nil
+}
+
+func (k *kernel) close() error {
+	k.nl.Close()
+	return k.leave()
+}
+
+// dump repeats a dump that the kernel says was interrupted by a change.
+func dump[T any](f func() (T, error)) (T, error) {
+	for range 4 {
+		v, err := f()
+		if !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return v, err
+		}
+	}
+	return f()
+}
+
+func (k *kernel) links() ([]netlink.Link, error) {
+	all, err := dump(k.nl.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	return all, nil
+}
+
+// ours reports whether a link is the host's end of one of our veths.
+func ours(l netlink.Link) bool {
+	a := l.Attrs()
+	return l.Type() == "veth" && strings.HasPrefix(a.Name, hostPrefix) &&
+		(strings.HasPrefix(a.Alias, aliasPrefix) || spells(a.Name, a.HardwareAddr.String()))
+}
+
+// survey finds what desired has to know.
+func survey(s state, links []netlink.Link) scene {
+	sc := scene{devices: map[string]device{}, alive: map[cni.Attachment]bool{}, wired: map[cni.Attachment]bool{}}
+	names := map[string]bool{}
+	for _, l := range links {
+		a := l.Attrs()
+		switch {
+		case ours(l):
+			names[a.Name] = true
+		case l.Type() != "veth" && a.ParentIndex == 0 && len(a.HardwareAddr) == 6:
+			sc.devices[a.HardwareAddr.String()] = device{a.Name, a.Index, a.MTU}
+		}
+	}
+	for key, p := range s.Pods {
+		name, _, _ := vethOf(key)
+		if sc.wired[key] = names[name]; sc.wired[key] {
+			continue
+		}
+		if ns, err := openNetNS(p.NetNS); err == nil {
+			ns.Close()
+			sc.alive[key] = true
+		}
+	}
+	return sc
+}
+
+// observe returns everything of ours that is in the kernel, and the state of
+// whatever else is in want.
+func (k *kernel) observe(want []object, links []netlink.Link) ([]object, error) {
+	var have []object
+	names := map[int]string{}
+	for _, l := range links {
+		names[l.Attrs().Index] = l.Attrs().Name
+	}
+	for _, find := range []func() ([]object, error){
+		func() ([]object, error) { return findSettings(want, links) },
+		func() ([]object, error) { return k.findAddresses(names) },
+		func() ([]object, error) { return k.findRules() },
+		k.nft.find,
+		func() ([]object, error) { return k.findRoutes(names) },
+		func() ([]object, error) { return findVeths(links), nil },
+	} {
+		found, err := find()
+		if err != nil {
+			return nil, err
+		}
+		have = append(have, found...)
+	}
+	return have, nil
+}
+
+// findSettings returns the state of the sysctls, links and files in want.
+func findSettings(want []object, links []netlink.Link) ([]object, error) {
+	var have []object
+	for _, o := range want {
+		switch o := o.(type) {
+		case sysctl:
+			value, err := os.ReadFile("/proc/sys/" + o.path)
+			if os.IsNotExist(err) && strings.HasPrefix(o.path, "net/ipv6/") {
+				have = append(have, o) // a kernel without IPv6
+				continue
+			}
+			if err != nil && !os.IsNotExist(err) {
+				return nil, fmt.Errorf("read sysctl: %w", err)
+			}
+			have = append(have, sysctl{o.path, strings.TrimSpace(string(value))})
+		case link:
+			for _, l := range links {
+				if a := l.Attrs(); a.Name == o.dev {
+					found := link{dev: a.Name, down: a.Flags&net.FlagUp == 0}
+					if o.mac != "" {
+						found.mac, found.mtu = a.HardwareAddr.String(), a.MTU
+					}
+					have = append(have, found)
+				}
+			}
+		case file:
+			found, err := findFile(o.path)
+			if err != nil {
+				return nil, err
+			}
+			have = append(have, found...)
+		}
+	}
+	return have, nil
+}
+
+func (k *kernel) findAddresses(names map[int]string) ([]object, error) {
+	all, err := dump(func() ([]netlink.Addr, error) { return k.nl.AddrList(nil, netlink.FAMILY_V4) })
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	var have []object
+	for _, a := range all {
+		if ones, _ := a.Mask.Size(); ones == 32 {
+			have = append(have, address{dev: names[a.LinkIndex], addr: addrOf(a.IP)})
+		}
+	}
+	return have, nil
+}
+
+func (k *kernel) findRules() ([]object, error) {
+	all, err := dump(func() ([]netlink.Rule, error) { return k.nl.RuleList(netlink.FAMILY_V4) })
+	if err != nil {
+		return nil, fmt.Errorf("list rules: %w", err)
+	}
+	var have []object
+	for _, r := range all {
+		if r.Protocol != protocol {
+			continue
+		}
+		found := foundRule{rule: rule{priority: r.Priority, mark: r.Mark, table: r.Table}, raw: r}
+		if r.Src != nil {
+			found.from = addrOf(r.Src.IP)
+		}
+		if exact := found.rule.netlink(); r.String() != exact.String() {
+			found.foreign = " (" + r.String() + ")"
+		}
+		have = append(have, found)
+	}
+	return have, nil
+}
+
+// foundRule is a rule as the kernel has it.
+type foundRule struct {
+	rule
+	raw netlink.Rule
+}
+
+func (o foundRule) drop(k *kernel) error { return ignore(k.nl.RuleDel(&o.raw), unix.ENOENT) }
+
+func (o rule) netlink() *netlink.Rule {
+	r := netlink.NewRule()
+	r.Family, r.Priority, r.Table, r.Protocol = netlink.FAMILY_V4, o.priority, o.table, protocol
+	if o.from.IsValid() {
+		r.Src = ipNet(o.from)
+	}
+	if o.mark != 0 {
+		mask := uint32(markMask)
+		r.Mark, r.Mask = o.mark, &mask
+	}
+	return r
+}
+
+func (o rule) put(k *kernel) error { return ignore(k.nl.RuleAdd(o.netlink()), unix.EEXIST) }
+
+func (k *kernel) findRoutes(names map[int]string) ([]object, error) {
+	all, err := dump(func() ([]netlink.Route, error) {
+		return k.nl.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	var have []object
+	for _, r := range all {
+		if r.Protocol == protocol || r.Table >= podTable && r.Table < slotTable+maxSlots {
+			have = append(have, routeOf(r, names))
+		}
+	}
+	return have, nil
+}
+
+// foundRoute is a route as the kernel has it.
+type foundRoute struct {
+	route
+	raw netlink.Route
+}
+
+func (o foundRoute) drop(k *kernel) error { return ignore(k.nl.RouteDel(&o.raw), unix.ESRCH) }
+
+func routeOf(r netlink.Route, names map[int]string) foundRoute {
+	o := route{table: r.Table, metric: uint32(r.Priority), dev: names[r.LinkIndex], unreachable: r.Type == unix.RTN_UNREACHABLE}
+	var bits int
+	if r.Dst != nil {
+		if bits, _ = r.Dst.Mask.Size(); bits != 0 {
+			o.dst = addrOf(r.Dst.IP)
+		}
+	}
+	if r.Gw != nil {
+		o.gateway = addrOf(r.Gw)
+	}
+	canonical := r.Protocol == protocol && r.Src == nil && len(r.MultiPath) == 0 && (bits == 0 || bits == 32) &&
+		(o.unreachable || r.Type == unix.RTN_UNICAST) && (r.Gw == nil || r.Flags&int(netlink.FLAG_ONLINK) != 0)
+	if !canonical {
+		o.foreign = strings.TrimSuffix(strings.TrimPrefix(r.String(), "{"), "}")
+	}
+	return foundRoute{o, r}
+}
+
+func (o route) put(k *kernel) error {
+	r := netlink.Route{Family: netlink.FAMILY_V4, Table: o.table, Protocol: protocol, Priority: int(o.metric), Dst: ipNet(o.dst)}
+	if o.unreachable {
+		r.Type = unix.RTN_UNREACHABLE
+		return k.nl.RouteReplace(&r)
+	}
+	l, err := k.nl.LinkByName(o.dev)
+	if err != nil {
+		return err
+	}
+	r.LinkIndex, r.Scope = l.Attrs().Index, netlink.SCOPE_LINK
+	if o.gateway.IsValid() {
+		r.Scope = netlink.SCOPE_UNIVERSE
+		r.Gw, r.Flags = o.gateway.AsSlice(), int(netlink.FLAG_ONLINK)
+	}
+	return k.nl.RouteReplace(&r)
+}
+
+// drop removes the route by its destination, on the way of a DEL.
+func (o route) drop(k *kernel) error {
+	r := netlink.Route{Family: netlink.FAMILY_V4, Table: o.table, Protocol: protocol, Priority: int(o.metric), Dst: ipNet(o.dst), Scope: netlink.SCOPE_NOWHERE}
+	return ignore(k.nl.RouteDel(&r), unix.ESRCH)
+}
+
+func (o sysctl) put(*kernel) error {
+	return os.WriteFile("/proc/sys/"+o.path, []byte(o.value), 0)
+}
+
+func (o link) put(k *kernel) error { return putLink(k.nl, o.dev, o.mac, o.mtu) }
+
+func putLink(nl *netlink.Handle, dev, mac string, mtu int) error {
+	l, err := nl.LinkByName(dev)
+	if err != nil {
+		return err
+	}
+	if mac != "" && l.Attrs().HardwareAddr.String() != mac {
+		hw, err := net.ParseMAC(mac)
+		if err != nil {
+			return err
+		}
+		if err := nl.LinkSetHardwareAddr(l, hw); err != nil {
+			return fmt.Errorf("set MAC: %w", err)
+		}
+	}
+	if mtu != 0 && l.Attrs().MTU != mtu {
+		if err := nl.LinkSetMTU(l, mtu); err != nil {
+			return fmt.Errorf("set MTU: %w", err)
+		}
+	}
+	if l.Attrs().Flags&net.FlagUp != 0 {
+		return nil
+	}
+	return nl.LinkSetUp(l)
+}
+
+func (o address) put(k *kernel) error {
+	l, err := k.nl.LinkByName(o.dev)
+	if err != nil {
+		return err
+	}
+	return ignore(k.nl.AddrAdd(l, &netlink.Addr{IPNet: ipNet(o.addr), Scope: int(netlink.SCOPE_LINK)}), unix.EEXIST)
+}
+
+// ipNet returns the address as a /32, or the default route's destination.
+func ipNet(a netip.Addr) *net.IPNet {
+	if !a.IsValid() {
+		return &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
+	}
+	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(32, 32)}
+}
+
+func addrOf(ip net.IP) netip.Addr {
+	a, _ := netip.AddrFromSlice(ip)
+	return a.Unmap()
+}
+
+// ignore turns the one error that means "already so" into success.
+func ignore(err error, already unix.Errno) error {
+	if errors.Is(err, already) {
+		return nil
+	}
+	return err
+}

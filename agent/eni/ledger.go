@@ -1,0 +1,398 @@
+package eni
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/tkenode/tkenode/agent/eni/cni"
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+// Slot is a place for one secondary ENI: its number names the ENI's routing
+// table, rule and mark, whatever ENI and device are in it.
+type Slot struct {
+	Number int `json:"number"`
+	// Generation counts the ENIs that were in the slot. It is part of the tokens
+	// of calls, so that a new ENI is not taken for the old one.
+	Generation int `json:"generation"`
+
+	ENI     string       `json:"eni,omitempty"`
+	MAC     string       `json:"mac,omitempty"` // lower case
+	Subnet  netip.Prefix `json:"subnet,omitzero"`
+	Primary netip.Addr   `json:"primary,omitzero"` // of the ENI; not given to pods
+	Addrs   []netip.Addr `json:"addrs,omitempty"`  // those that pods may have, in order
+
+	// Intent is the call that is being made or whose outcome is not known.
+	Intent Step      `json:"intent,omitempty"`
+	Since  time.Time `json:"since,omitzero"`
+	Target int       `json:"target,omitempty"` // addresses after an assignment
+	// Calls counts intents, so that each gets a token of its own.
+	Calls int `json:"calls,omitempty"`
+}
+
+// Step is a mutating call of the cloud's API.
+type Step string
+
+// The calls.
+const (
+	stepCreate Step = "create"
+	stepAttach Step = "attach"
+	stepAssign Step = "assign"
+)
+
+// taken reports whether an ENI has ever been seen attached in the slot.
+func (s Slot) taken() bool { return s.MAC != "" }
+
+// Gateway is the first address of the subnet.
+// Source: https://cloud.tencent.com/document/product/215/20046
+func (s Slot) Gateway() netip.Addr { return s.Subnet.Masked().Addr().Next() }
+
+// Pod is one interface of one pod, and the address that it has.
+type Pod struct {
+	cni.Attachment
+	Namespace string     `json:"namespace"`
+	Name      string     `json:"name"`
+	NetNS     string     `json:"netns"`
+	Addr      netip.Addr `json:"addr"`
+	Slot      int        `json:"slot"`
+	ENI       string     `json:"eni"`
+	MTU       int        `json:"mtu"`
+	Since     time.Time  `json:"since"`
+}
+
+func (p Pod) String() string { return p.Namespace + "/" + p.Name }
+
+// rest ends an attachment: its address rests until a time.
+type rest struct {
+	cni.Attachment
+	Addr  netip.Addr `json:"addr"`
+	Until time.Time  `json:"until"`
+}
+
+// begin starts the ledger of an instance in one boot of its kernel.
+type begin struct {
+	Instance string `json:"instance"`
+	Boot     string `json:"boot"`
+}
+
+// state is what the ledger says.
+type state struct {
+	begin
+	Slots  map[int]Slot
+	Pods   map[cni.Attachment]Pod
+	Rested map[netip.Addr]time.Time // when an address may be used again, or could have been
+}
+
+func newState() state {
+	return state{Slots: map[int]Slot{}, Pods: map[cni.Attachment]Pod{}, Rested: map[netip.Addr]time.Time{}}
+}
+
+// apply takes one record in.
+func (s *state) apply(r record) {
+	switch {
+	case r.Begin != nil:
+		if s.Instance != r.Begin.Instance {
+			*s = newState()
+		}
+		s.begin = *r.Begin
+	case r.Slot != nil:
+		s.Slots[r.Slot.Number] = *r.Slot
+	case r.Pod != nil:
+		s.Pods[r.Pod.Attachment] = *r.Pod
+	case r.Rest != nil:
+		delete(s.Pods, r.Rest.Attachment)
+		s.Rested[r.Rest.Addr] = r.Rest.Until
+	}
+}
+
+// records returns the shortest journal that leads to the state. An address that
+// has rested is remembered while an ENI has it, so that the order of use is kept.
+func (s state) records(now time.Time) []record {
+	out := []record{{Begin: &s.begin}}
+	held := map[netip.Addr]bool{}
+	for _, slot := range s.slots() {
+		out = append(out, record{Slot: &slot})
+		for _, a := range slot.Addrs {
+			held[a] = true
+		}
+	}
+	for addr, until := range s.Rested {
+		if held[addr] || until.After(now) {
+			out = append(out, record{Rest: &rest{Addr: addr, Until: until}})
+		}
+	}
+	for _, p := range s.pods() {
+		out = append(out, record{Pod: &p})
+	}
+	return out
+}
+
+func (s state) slots() []Slot {
+	return slices.SortedFunc(maps.Values(s.Slots), func(a, b Slot) int { return cmp.Compare(a.Number, b.Number) })
+}
+
+func (s state) pods() []Pod {
+	return slices.SortedFunc(maps.Values(s.Pods), func(a, b Pod) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name),
+			cmp.Compare(a.ContainerID, b.ContainerID), cmp.Compare(a.IfName, b.IfName))
+	})
+}
+
+func (s state) clone() state {
+	return state{begin: s.begin, Slots: maps.Clone(s.Slots), Pods: maps.Clone(s.Pods), Rested: maps.Clone(s.Rested)}
+}
+
+// ledger is what must outlive the agent: the ENI of each slot with the intents of
+// calls, who has which address, and until when an address rests. Every change is
+// in the journal before it is in memory.
+type ledger struct {
+	path string
+	log  *slog.Logger
+
+	mu      sync.Mutex // guards everything below
+	journal *journal   // nil until opened
+	now     state
+	used    map[netip.Addr]cni.Attachment
+	changed chan struct{} // closed and replaced at every change
+}
+
+func newLedger(dir string, log *slog.Logger) *ledger {
+	return &ledger{path: filepath.Join(dir, "ledger"), log: log, changed: make(chan struct{})}
+}
+
+// open reads the journal if that has not been done. The caller holds mu.
+func (l *ledger) open() error {
+	if l.journal != nil {
+		return nil
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return err
+	}
+	return l.openIn(strings.TrimSpace(string(boot)))
+}
+
+func (l *ledger) openIn(boot string) error {
+	j, all, err := openJournal(l.path)
+	if errors.Is(err, errDamaged) {
+		return node.Terminal("LedgerDamaged", "drain the node, remove the file and reboot", err)
+	}
+	if err != nil {
+		return fmt.Errorf("open ledger: %w", err)
+	}
+	s := newState()
+	for _, r := range all {
+		s.apply(r)
+	}
+	// No sandbox outlives a reboot, but other nodes may still send to its address.
+	if s.Boot != boot {
+		for key, p := range s.Pods {
+			s.apply(record{Rest: &rest{Attachment: key, Addr: p.Addr, Until: time.Now().Add(coolDown)}})
+		}
+		s.Boot = boot
+	}
+	if err := j.rewrite(s.records(time.Now())); err != nil {
+		return errors.Join(fmt.Errorf("rewrite ledger: %w", err), j.close())
+	}
+	l.journal, l.now, l.used = j, s, map[netip.Addr]cni.Attachment{}
+	for key, p := range s.Pods {
+		l.used[p.Addr] = key
+	}
+	l.log.Info("ledger opened", "instance", s.Instance, "slots", len(s.Slots), "pods", len(s.Pods), "records", len(all))
+	return nil
+}
+
+func (l *ledger) close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.journal == nil {
+		return nil
+	}
+	err := l.journal.close()
+	l.journal = nil
+	return err
+}
+
+// put journals a record and takes it in. The caller holds mu.
+func (l *ledger) put(r record) error {
+	if err := l.open(); err != nil {
+		return err
+	}
+	full, err := l.journal.append(r)
+	if err != nil {
+		return err
+	}
+	l.now.apply(r)
+	close(l.changed)
+	l.changed = make(chan struct{})
+	if full {
+		return l.journal.rewrite(l.now.records(time.Now()))
+	}
+	return nil
+}
+
+// record journals one record durably.
+func (l *ledger) record(r record) error {
+	l.mu.Lock()
+	err := l.put(r)
+	l.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return l.sync()
+}
+
+// sync returns once every record put so far is on the disk.
+func (l *ledger) sync() error {
+	l.mu.Lock()
+	j := l.journal
+	l.mu.Unlock()
+	return j.sync()
+}
+
+// state returns a copy, and opens the ledger if need be.
+func (l *ledger) state() (state, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.open(); err != nil {
+		return state{}, err
+	}
+	return l.now.clone(), nil
+}
+
+// wait returns a channel that is closed at the next change.
+func (l *ledger) wait() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.changed
+}
+
+// begin starts the ledger of another instance: whatever an image carried along
+// is forgotten.
+func (l *ledger) begin(instance string) error {
+	l.mu.Lock()
+	b := begin{Instance: instance, Boot: l.now.Boot}
+	err := l.put(record{Begin: &b})
+	if err == nil {
+		clear(l.used)
+	}
+	l.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return l.sync()
+}
+
+// shortage says why there is no address now, and when one's rest ends.
+type shortage struct {
+	usable, used, resting int
+	next                  time.Time
+}
+
+func (s shortage) String() string {
+	switch {
+	case s.usable == 0:
+		return "no ENI is ready"
+	case s.resting > 0:
+		return fmt.Sprintf("%d of %d addresses in use, %d resting until %s at the earliest",
+			s.used, s.usable, s.resting, s.next.UTC().Format(time.RFC3339))
+	}
+	return fmt.Sprintf("%d of %d addresses in use", s.used, s.usable)
+}
+
+// allocate gives p an address of a slot that is ready, the one that has rested
+// longest; ready maps slots to the MTU of their ENI. A pod that has an address
+// keeps it.
+func (l *ledger) allocate(p Pod, ready map[int]int, now time.Time) (Pod, shortage, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.open(); err != nil {
+		return Pod{}, shortage{}, err
+	}
+	if old, ok := l.now.Pods[p.Attachment]; ok {
+		if old.NetNS == p.NetNS && old.MTU == p.MTU {
+			return old, shortage{}, nil
+		}
+		p.Addr, p.Slot, p.ENI, p.MTU, p.Since = old.Addr, old.Slot, old.ENI, old.MTU, old.Since
+		return p, shortage{}, l.put(record{Pod: &p})
+	}
+	var short shortage
+	var best time.Time
+	for number, mtu := range ready {
+		slot := l.now.Slots[number]
+		for _, a := range slot.Addrs {
+			short.usable++
+			if _, ok := l.used[a]; ok {
+				short.used++
+				continue
+			}
+			until := l.now.Rested[a]
+			if until.After(now) {
+				if short.resting++; short.next.IsZero() || until.Before(short.next) {
+					short.next = until
+				}
+				continue
+			}
+			if !p.Addr.IsValid() || until.Before(best) || until.Equal(best) && a.Less(p.Addr) {
+				p.Addr, p.Slot, p.ENI, p.MTU, best = a, number, slot.ENI, mtu, until
+			}
+		}
+	}
+	if !p.Addr.IsValid() {
+		return Pod{}, short, nil
+	}
+	p.Since = now.UTC().Truncate(time.Millisecond)
+	if err := l.put(record{Pod: &p}); err != nil {
+		return Pod{}, short, err
+	}
+	l.used[p.Addr] = p.Attachment
+	return p, short, nil
+}
+
+// release ends an attachment; its address rests.
+func (l *ledger) release(key cni.Attachment, now time.Time) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.open(); err != nil {
+		return err
+	}
+	p, ok := l.now.Pods[key]
+	if !ok {
+		return nil
+	}
+	until := now.Add(coolDown).UTC().Truncate(time.Second)
+	if err := l.put(record{Rest: &rest{Attachment: key, Addr: p.Addr, Until: until}}); err != nil {
+		return err
+	}
+	delete(l.used, p.Addr)
+	return nil
+}
+
+// pod returns who has the attachment.
+func (l *ledger) pod(key cni.Attachment) (Pod, bool, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.open(); err != nil {
+		return Pod{}, false, err
+	}
+	p, ok := l.now.Pods[key]
+	return p, ok, nil
+}
+
+// poke wakes whoever waits for a change.
+func (l *ledger) poke() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	close(l.changed)
+	l.changed = make(chan struct{})
+}

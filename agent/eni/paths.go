@@ -1,0 +1,354 @@
+package eni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/tkenode/tkenode/agent/eni/cni"
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+// Paths is the module of the kernel's side: everything that a packet of a pod
+// meets on this node. Its loop repairs; ADD and DEL are plans of one pod, made of
+// the same objects, under the same lock.
+type Paths struct {
+	network    *Network
+	conflist   string
+	configured string
+
+	observing sync.Mutex // guards eyes: one plan at a time
+	eyes      *kernel
+
+	mu    sync.Mutex // guards what changes the kernel, and everything below
+	hands *kernel
+	scene scene
+	ready map[int]int // slots that pods can be given, and the MTU of their ENI
+
+	moves atomic.Int64 // odd while a pod is being wired; changes with every one
+}
+
+// Name is the module's name.
+func (p *Paths) Name() string { return "eni/paths" }
+
+// Condition is what the module serves.
+func (p *Paths) Condition() node.ConditionType { return node.NetworkReady }
+
+// Needs lists what planning presupposes.
+func (p *Paths) Needs() []node.ConditionType { return []node.ConditionType{node.ConfigSealed} }
+
+// Watch wakes the module when the kernel or the ledger changes.
+func (p *Paths) Watch(ctx context.Context, wake func()) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var ledger sync.WaitGroup
+	ledger.Go(func() {
+		for {
+			changed := p.network.ledger.wait()
+			select {
+			case <-ctx.Done():
+				return
+			case <-changed:
+				wake()
+			}
+		}
+	})
+	err := watchKernel(ctx, wake)
+	cancel()
+	ledger.Wait()
+	return err
+}
+
+// Plan compares what is wanted with what is in the kernel.
+func (p *Paths) Plan(ctx context.Context) (node.Plan, error) {
+	plan := node.Plan{Again: time.Minute}
+	sealed, s, err := p.network.current()
+	if err != nil {
+		return plan, err
+	}
+	if s.Instance != sealed.Facts.InstanceID {
+		return plan, node.Waiting("LedgerNotBegun", "the ledger is not of this instance yet")
+	}
+	steps, sc, err := p.observe(ctx, sealed.Facts.MAC)
+	if err != nil {
+		return plan, err
+	}
+	for _, st := range steps {
+		plan.Add(func(context.Context) error { return p.do(st) }, "%s", st.text)
+	}
+	if s, err = p.network.ledger.state(); err != nil {
+		return plan, err
+	}
+	waiting := p.settle(s, sc, len(steps) == 0)
+	if !plan.Empty() {
+		return plan, nil
+	}
+	return plan, waiting
+}
+
+// observe returns what is to be done. While a pod is being wired the kernel is
+// between two states; then it looks again, and at last keeps ADDs out.
+func (p *Paths) observe(ctx context.Context, primary string) ([]step, scene, error) {
+	p.observing.Lock()
+	defer p.observing.Unlock()
+	if p.eyes == nil {
+		k, err := openKernel()
+		if err != nil {
+			return nil, scene{}, err
+		}
+		p.eyes = k
+	}
+	for try := 0; ; try++ {
+		if try == 3 {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+		}
+		before := p.moves.Load()
+		steps, sc, err := p.compare(primary)
+		if err != nil || ctx.Err() != nil {
+			return nil, sc, errors.Join(err, ctx.Err())
+		}
+		if try == 3 || before%2 == 0 && p.moves.Load() == before {
+			return steps, sc, nil
+		}
+	}
+}
+
+func (p *Paths) compare(primary string) ([]step, scene, error) {
+	s, err := p.network.ledger.state()
+	if err != nil {
+		return nil, scene{}, err
+	}
+	links, err := p.eyes.links()
+	if err != nil {
+		return nil, scene{}, err
+	}
+	sc := survey(s, links)
+	sc.primary = primary
+	sc.files = p.files()
+	want := desired(s, sc)
+	have, err := p.eyes.observe(want, links)
+	if err != nil {
+		return nil, sc, err
+	}
+	return diff(want, have), sc, nil
+}
+
+// files are written when the network is configured for the first time, and not
+// before: kubelet is Ready as soon as containerd sees the first of them.
+func (p *Paths) files() []file {
+	return []file{
+		{p.configured, "configured\n"},
+		{p.conflist, fmt.Sprintf(`{
+  "cniVersion": "1.1.0",
+  "name": %q,
+  "plugins": [
+    {"type": %q}
+  ]
+}
+`, cni.Network, cni.Network)},
+	}
+}
+
+// settle remembers what was seen: which slots pods can be given. A slot becomes
+// ready when nothing is left to do, and stops being so when its ENI is gone. It
+// returns what is waited for.
+func (p *Paths) settle(s state, sc scene, converged bool) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.scene = sc
+	before := maps.Clone(p.ready)
+	var waiting error
+	for _, slot := range s.slots() {
+		dev, there := sc.devices[slot.MAC]
+		switch {
+		case !slot.taken():
+		case !there:
+			delete(p.ready, slot.Number)
+			waiting = node.Waiting("LinkMissing", "no link has the MAC %s of %s yet", slot.MAC, slot.ENI)
+		case converged:
+			p.ready[slot.Number] = dev.mtu
+		}
+	}
+	if !maps.Equal(before, p.ready) {
+		p.network.log.Info("slots ready", "module", p.Name(), "mtu by slot", p.ready)
+		p.network.ledger.poke()
+	}
+	if waiting == nil && len(p.ready) == 0 {
+		waiting = node.Waiting("NoENI", "the pool has no ENI yet")
+	}
+	return waiting
+}
+
+// Apply carries the plan out; each step takes the lock for itself.
+func (p *Paths) Apply(ctx context.Context, plan node.Plan) error { return plan.Apply(ctx) }
+
+// do carries one step out, if it is still what is wanted.
+func (p *Paths) do(st step) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s, err := p.network.ledger.state()
+	if err != nil {
+		return err
+	}
+	k, err := p.writer()
+	if err != nil {
+		return err
+	}
+	defer k.leave()
+	var wanted object
+	for _, o := range desired(s, p.scene) {
+		if o.key() == st.object.key() {
+			wanted = o
+			break
+		}
+	}
+	switch {
+	case st.drop && wanted == nil:
+		return st.object.(removable).drop(k)
+	case !st.drop && wanted != nil && wanted.attr() == st.object.attr():
+		return st.object.put(k)
+	}
+	return nil // the ledger has moved on, which has woken the module
+}
+
+// writer returns the handle for changes. The caller holds mu.
+func (p *Paths) writer() (*kernel, error) {
+	if p.hands == nil {
+		k, err := openKernel()
+		if err != nil {
+			return nil, err
+		}
+		p.hands = k
+	}
+	return p.hands, nil
+}
+
+// readySlots returns the slots that pods can be given, with the MTU of their ENI.
+func (p *Paths) readySlots() map[int]int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return maps.Clone(p.ready)
+}
+
+// begin takes the lock to change the network of one pod.
+func (p *Paths) begin() (*kernel, error) {
+	p.mu.Lock()
+	k, err := p.writer()
+	if err != nil {
+		p.mu.Unlock()
+		return nil, err
+	}
+	p.moves.Add(1)
+	return k, nil
+}
+
+func (p *Paths) end(k *kernel) {
+	if err := k.leave(); err != nil {
+		p.network.log.Warn("leave network namespace", "err", err)
+	}
+	p.moves.Add(1)
+	p.mu.Unlock()
+}
+
+// wire makes everything that the pod needs. Nothing is listed before a pod whose
+// link does not exist; a repeated ADD is a repair.
+func (p *Paths) wire(pod Pod) error {
+	k, err := p.begin()
+	if err != nil {
+		return err
+	}
+	defer p.end(k)
+	var have []object
+	name, _, _ := vethOf(pod.Attachment)
+	if _, err := k.nl.LinkByName(name); err == nil {
+		if have, err = k.observeAll(pod); err != nil {
+			return err
+		}
+	}
+	for _, st := range diff(podObjects(pod), have) {
+		if st.drop {
+			continue
+		}
+		if err := st.object.put(k); err != nil {
+			return fmt.Errorf("%s: %w", st.text, err)
+		}
+	}
+	return nil
+}
+
+// check returns what a pod's network lacks.
+func (p *Paths) check(pod Pod) ([]step, error) {
+	k, err := p.begin()
+	if err != nil {
+		return nil, err
+	}
+	defer p.end(k)
+	have, err := k.observeAll(pod)
+	if err != nil {
+		return nil, err
+	}
+	steps := diff(podObjects(pod), have)
+	for i, st := range steps {
+		if st.drop {
+			return steps[:i], nil
+		}
+	}
+	return steps, nil
+}
+
+// observeAll returns what is there of one pod, inside and on the host. What is of
+// others is in it, too.
+func (k *kernel) observeAll(pod Pod) ([]object, error) {
+	links, err := k.links()
+	if err != nil {
+		return nil, err
+	}
+	host, err := k.observe(hostObjects(pod), links)
+	if err != nil {
+		return nil, err
+	}
+	inside, err := k.observePod(pod)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("the pod's network namespace is gone: %w", err)
+	}
+	return append(host, inside...), err
+}
+
+// unwire removes what leads packets to and from the pod. Its veth, which takes
+// the kernel long to remove, is left to the module's loop.
+func (p *Paths) unwire(pod Pod) error {
+	k, err := p.begin()
+	if err != nil {
+		return err
+	}
+	defer p.end(k)
+	for _, o := range hostObjects(pod) {
+		switch o := o.(type) {
+		case element:
+			err = errors.Join(err, o.drop(k))
+		case route:
+			err = errors.Join(err, o.drop(k))
+		}
+	}
+	return err
+}
+
+func (p *Paths) close() error {
+	p.observing.Lock()
+	defer p.observing.Unlock()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var err error
+	for _, k := range []**kernel{&p.eyes, &p.hands} {
+		if *k != nil {
+			err = errors.Join(err, (*k).close())
+			*k = nil
+		}
+	}
+	return err
+}

@@ -1,0 +1,234 @@
+package eni
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// openNetNS opens a network namespace other than our own.
+func openNetNS(path string) (*os.File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	var fs unix.Statfs_t
+	var its, ours unix.Stat_t
+	err = errors.Join(unix.Fstatfs(int(f.Fd()), &fs), unix.Fstat(int(f.Fd()), &its), unix.Stat("/proc/thread-self/ns/net", &ours))
+	switch {
+	case err != nil:
+	case fs.Type != unix.NSFS_MAGIC:
+		err = fmt.Errorf("%s is not a network namespace", path)
+	case its.Ino == ours.Ino:
+		err = fmt.Errorf("%s is the node's own network namespace", path)
+	default:
+		return f, nil
+	}
+	return nil, errors.Join(err, f.Close())
+}
+
+// enter returns a handle in the pod's network namespace.
+func (k *kernel) enter(path string) (*podKernel, error) {
+	if k.pod != nil && k.pod.path == path {
+		return k.pod, nil
+	}
+	if err := k.leave(); err != nil {
+		return nil, err
+	}
+	ns, err := openNetNS(path)
+	if err != nil {
+		return nil, err
+	}
+	nl, err := netlink.NewHandleAt(netns.NsHandle(ns.Fd()), unix.NETLINK_ROUTE)
+	if err == nil {
+		err = nl.SetSocketTimeout(netlinkTimeout)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open netlink in %s: %w", path, err), ns.Close())
+	}
+	k.pod = &podKernel{path, ns, nl}
+	return k.pod, nil
+}
+
+// leave forgets the pod's network namespace, so that it can end.
+func (k *kernel) leave() error {
+	if k.pod == nil {
+		return nil
+	}
+	k.pod.nl.Close()
+	err := k.pod.ns.Close()
+	k.pod = nil
+	return err
+}
+
+// findVeths returns our veths and their links. One that belongs to no pod of the
+// ledger is for the plan to remove.
+func findVeths(links []netlink.Link) []object {
+	var have []object
+	for _, l := range links {
+		if ours(l) {
+			have = append(have, veth{name: l.Attrs().Name, alias: l.Attrs().Alias})
+		}
+	}
+	return have
+}
+
+func (o veth) put(k *kernel) error {
+	name, hostMAC, podMAC := vethOf(o.pod.Attachment)
+	pod, err := k.enter(o.pod.NetNS)
+	if err != nil {
+		return err
+	}
+	host, _ := net.ParseMAC(hostMAC)
+	peer, _ := net.ParseMAC(podMAC)
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.HardwareAddr, attrs.MTU = name, host, o.pod.MTU
+	// Each end is created where it stays: moving a link waits for every CPU.
+	v := &netlink.Veth{
+		LinkAttrs: attrs, PeerName: o.pod.IfName, PeerHardwareAddr: peer,
+		PeerNamespace: netlink.NsFd(pod.ns.Fd()), PeerMTU: uint32(o.pod.MTU),
+	}
+	addErr := k.nl.LinkAdd(v)
+	if addErr != nil && !errors.Is(addErr, unix.EEXIST) {
+		return addErr
+	}
+	l, err := k.nl.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("link %s exists in %s: %w", o.pod.IfName, o.pod.NetNS, errors.Join(addErr, err))
+	}
+	if addErr != nil && !ours(l) {
+		return addErr
+	}
+	return k.nl.LinkSetAlias(l, alias(o.pod))
+}
+
+// drop removes a veth that was found, unless it has become a pod's since.
+func (o veth) drop(k *kernel) error {
+	l, err := k.nl.LinkByName(o.name)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if l.Attrs().Alias != o.alias || !ours(l) {
+		return nil
+	}
+	return ignore(k.nl.LinkDel(l), unix.ENODEV)
+}
+
+func (o podLink) put(k *kernel) error {
+	pod, err := k.enter(o.pod.NetNS)
+	if err != nil {
+		return err
+	}
+	return putLink(pod.nl, o.pod.IfName, o.mac, o.pod.MTU)
+}
+
+func (o podAddress) put(k *kernel) error {
+	pod, l, err := k.podLink(o.pod)
+	if err != nil {
+		return err
+	}
+	return ignore(pod.nl.AddrAdd(l, &netlink.Addr{IPNet: ipNet(o.pod.Addr)}), unix.EEXIST)
+}
+
+func (k *kernel) podLink(p Pod) (*podKernel, netlink.Link, error) {
+	pod, err := k.enter(p.NetNS)
+	if err != nil {
+		return nil, nil, err
+	}
+	l, err := pod.nl.LinkByName(p.IfName)
+	return pod, l, err
+}
+
+func (o podRoute) put(k *kernel) error {
+	pod, l, err := k.podLink(o.pod)
+	if err != nil {
+		return err
+	}
+	r := netlink.Route{Family: netlink.FAMILY_V4, LinkIndex: l.Attrs().Index, Scope: netlink.SCOPE_LINK, Dst: ipNet(o.dst)}
+	if !o.dst.IsValid() {
+		r.Scope, r.Gw = netlink.SCOPE_UNIVERSE, podGateway.AsSlice()
+	}
+	return pod.nl.RouteReplace(&r)
+}
+
+func (o podNeighbour) put(k *kernel) error {
+	pod, l, err := k.podLink(o.pod)
+	if err != nil {
+		return err
+	}
+	mac, err := net.ParseMAC(o.mac)
+	if err != nil {
+		return err
+	}
+	return pod.nl.NeighSet(&netlink.Neigh{
+		LinkIndex: l.Attrs().Index, Family: netlink.FAMILY_V4, State: netlink.NUD_PERMANENT,
+		IP: podGateway.AsSlice(), HardwareAddr: mac,
+	})
+}
+
+// observePod returns what is inside of a pod.
+func (k *kernel) observePod(p Pod) ([]object, error) {
+	pod, l, err := k.podLink(p)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	a := l.Attrs()
+	have := []object{podLink{pod: p, mac: a.HardwareAddr.String(), mtu: a.MTU, down: a.Flags&net.FlagUp == 0}}
+	addrs, err := dump(func() ([]netlink.Addr, error) { return pod.nl.AddrList(l, netlink.FAMILY_V4) })
+	if err != nil {
+		return nil, fmt.Errorf("list addresses of %s: %w", p, err)
+	}
+	for _, a := range addrs {
+		if ones, _ := a.Mask.Size(); ones == 32 && addrOf(a.IP) == p.Addr {
+			have = append(have, podAddress{pod: p})
+		}
+	}
+	routes, err := dump(func() ([]netlink.Route, error) { return pod.nl.RouteList(nil, netlink.FAMILY_V4) })
+	if err != nil {
+		return nil, fmt.Errorf("list routes of %s: %w", p, err)
+	}
+	for _, r := range routes {
+		have = append(have, podRouteOf(p, r, a.Index))
+	}
+	neighbours, err := dump(func() ([]netlink.Neigh, error) { return pod.nl.NeighList(a.Index, netlink.FAMILY_V4) })
+	if err != nil {
+		return nil, fmt.Errorf("list neighbours of %s: %w", p, err)
+	}
+	for _, n := range neighbours {
+		if addrOf(n.IP) != podGateway {
+			continue
+		}
+		found := n.HardwareAddr.String() + " permanent"
+		if n.State&netlink.NUD_PERMANENT == 0 {
+			found = n.HardwareAddr.String() + " not permanent"
+		}
+		have = append(have, podNeighbour{pod: p, found: found})
+	}
+	return have, nil
+}
+
+func podRouteOf(p Pod, r netlink.Route, index int) podRoute {
+	o := podRoute{pod: p}
+	if r.Dst != nil {
+		if bits, _ := r.Dst.Mask.Size(); bits != 0 {
+			o.dst = addrOf(r.Dst.IP)
+		}
+	}
+	gateway := r.Gw != nil && addrOf(r.Gw) == podGateway
+	if r.LinkIndex != index || r.Type != unix.RTN_UNICAST || gateway == o.dst.IsValid() {
+		o.found = strings.TrimSuffix(strings.TrimPrefix(r.String(), "{"), "}")
+	}
+	return o
+}

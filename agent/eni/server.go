@@ -1,0 +1,311 @@
+package eni
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"regexp"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tkenode/tkenode/agent/eni/cni"
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+const (
+	maxCalls     = 256 // at once; more wait in the socket's backlog
+	readTimeout  = 5 * time.Second
+	writeTimeout = 5 * time.Second
+	// addTimeout is how long an ADD waits for an address. kubelet gives a sandbox
+	// 4 min and then tries again; an error before that tells people why.
+	addTimeout = 30 * time.Second
+)
+
+// Serve answers the CNI plugin on a unix listener until ctx ends, and then waits
+// for the calls under way. It closes the listener.
+func (n *Network) Serve(ctx context.Context, l net.Listener) error {
+	return n.serve(ctx, l, 0)
+}
+
+// serve takes calls of one user.
+func (n *Network) serve(ctx context.Context, l net.Listener, uid uint32) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var calls sync.WaitGroup
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer func() {
+		stop()
+		cancel()
+		l.Close()
+		calls.Wait()
+	}()
+	slots := make(chan struct{}, maxCalls)
+	for {
+		select {
+		case slots <- struct{}{}:
+		case <-ctx.Done():
+			return nil
+		}
+		conn, err := l.Accept()
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("accept CNI call: %w", err)
+		}
+		calls.Go(func() {
+			defer func() { <-slots }()
+			defer conn.Close()
+			if err := n.answer(ctx, conn, uid); err != nil {
+				n.log.Warn("CNI call ended", "err", err)
+			}
+		})
+	}
+}
+
+// answer serves one call. It stops waiting when the caller hangs up, and hangs up
+// without an answer when ctx ends: the plugin then asks the next agent.
+func (n *Network) answer(ctx context.Context, conn net.Conn, uid uint32) error {
+	if err := authorize(conn, uid); err != nil {
+		return err
+	}
+	if err := conn.SetReadDeadline(time.Now().Add(readTimeout)); err != nil {
+		return err
+	}
+	var req cni.Request
+	if err := cni.Read(conn, cni.MaxRequest, &req); err != nil {
+		return fmt.Errorf("read request: %w", err)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if err := conn.SetReadDeadline(time.Time{}); err != nil {
+		return err
+	}
+	var gone sync.WaitGroup
+	gone.Go(func() {
+		conn.Read(make([]byte, 1)) // returns when the caller hangs up, or we do
+		cancel()
+	})
+	started := time.Now()
+	resp := n.handle(ctx, req)
+	if ctx.Err() == nil {
+		if resp.Error != nil {
+			n.log.Warn("CNI call refused", "command", req.Command, "container", req.ContainerID,
+				"pod", req.PodNamespace+"/"+req.PodName, "err", resp.Error, "took", time.Since(started).Round(time.Millisecond))
+		}
+		conn.SetWriteDeadline(time.Now().Add(writeTimeout))
+		if err := json.NewEncoder(conn).Encode(resp); err != nil {
+			n.log.Warn("answer CNI call", "err", err)
+		}
+	}
+	err := conn.Close()
+	gone.Wait()
+	return err
+}
+
+func authorize(conn net.Conn, uid uint32) error {
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return err
+	}
+	if credErr != nil {
+		return fmt.Errorf("read peer credentials: %w", credErr)
+	}
+	if cred.Uid != uid {
+		return fmt.Errorf("process %d of user %d may not make CNI calls", cred.Pid, cred.Uid)
+	}
+	return nil
+}
+
+// handle carries one request out.
+func (n *Network) handle(ctx context.Context, req cni.Request) cni.Response {
+	if err := validate(req); err != nil {
+		return cni.Response{Error: err}
+	}
+	var result *cni.Result
+	var err error
+	switch req.Command {
+	case cni.Add:
+		result, err = n.add(ctx, req)
+	case cni.Del:
+		err = n.del(req.Attachment)
+	case cni.Check:
+		err = n.check(req)
+	case cni.GC:
+		err = n.gc(req.Valid)
+	}
+	if err == nil {
+		return cni.Response{Result: result}
+	}
+	if e, ok := errors.AsType[*cni.Error](err); ok {
+		return cni.Response{Error: e}
+	}
+	return cni.Response{Error: cni.Errorf(cni.CodeNetwork, string(req.Command)+" of the pod's network", "%v", err)}
+}
+
+var (
+	// As CNI demands of container ids, and Linux of interface names.
+	containerID = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.\-]{0,127}$`)
+	ifName      = regexp.MustCompile(`^[a-zA-Z0-9_.\-]{1,15}$`)
+	podName     = regexp.MustCompile(`^[a-zA-Z0-9_.\-]{0,253}$`)
+)
+
+func validate(req cni.Request) *cni.Error {
+	invalid := func(format string, args ...any) *cni.Error {
+		return cni.Errorf(cni.CodeInvalidEnvironment, "invalid environment", format, args...)
+	}
+	switch req.Command {
+	case cni.GC:
+		return nil
+	case cni.Add, cni.Del, cni.Check:
+	default:
+		return invalid("CNI_COMMAND is %.32q", string(req.Command))
+	}
+	switch {
+	case !containerID.MatchString(req.ContainerID):
+		return invalid("CNI_CONTAINERID is %.64q", req.ContainerID)
+	case !ifName.MatchString(req.IfName) || req.IfName == "." || req.IfName == ".." || req.IfName == "lo":
+		return invalid("CNI_IFNAME is %.32q", req.IfName)
+	case !podName.MatchString(req.PodNamespace) || !podName.MatchString(req.PodName):
+		return invalid("CNI_ARGS names the pod %.64q/%.64q", req.PodNamespace, req.PodName)
+	case req.Command != cni.Del && (!filepath.IsAbs(req.NetNS) || len(req.NetNS) > 4096):
+		return invalid("CNI_NETNS is %.64q, want an absolute path", req.NetNS)
+	}
+	return nil
+}
+
+// add gives the pod an address and wires it.
+func (n *Network) add(ctx context.Context, req cni.Request) (*cni.Result, error) {
+	ns, err := openNetNS(req.NetNS)
+	if err != nil {
+		return nil, cni.Errorf(cni.CodeInvalidEnvironment, "open network namespace", "%v", err)
+	}
+	ns.Close()
+	pod, err := n.allocate(ctx, Pod{Attachment: req.Attachment, Namespace: req.PodNamespace, Name: req.PodName, NetNS: req.NetNS})
+	if err != nil {
+		return nil, err
+	}
+	if err := n.paths.wire(pod); err != nil {
+		return nil, errors.Join(err, n.del(req.Attachment))
+	}
+	if err := n.ledger.sync(); err != nil {
+		return nil, err
+	}
+	host, hostMAC, mac := vethOf(pod.Attachment)
+	return &cni.Result{
+		HostName: host, HostMAC: hostMAC, MAC: mac, MTU: pod.MTU,
+		Addr: netip.PrefixFrom(pod.Addr, 32), Gateway: podGateway,
+	}, nil
+}
+
+// allocate waits for an address.
+func (n *Network) allocate(ctx context.Context, p Pod) (Pod, error) {
+	ctx, cancel := context.WithTimeout(ctx, addTimeout)
+	defer cancel()
+	for {
+		changed := n.ledger.wait()
+		got, short, err := n.ledger.allocate(p, n.paths.readySlots(), time.Now())
+		if err != nil || got.Addr.IsValid() {
+			return got, err
+		}
+		select {
+		case n.demand <- struct{}{}:
+		default:
+		}
+		rested := time.NewTimer(addTimeout)
+		if !short.next.IsZero() {
+			rested.Reset(time.Until(short.next))
+		}
+		select {
+		case <-changed:
+		case <-rested.C:
+		case <-ctx.Done():
+			rested.Stop()
+			return Pod{}, n.noAddress(short)
+		}
+		rested.Stop()
+	}
+}
+
+// noAddress says why, for whoever reads the pod's events.
+func (n *Network) noAddress(short shortage) error {
+	n.mu.Lock()
+	blocked := n.blocked
+	n.mu.Unlock()
+	why := short.String()
+	if _, ok := n.sealed(); !ok {
+		why = "the node has no sealed configuration yet"
+	} else if blocked != nil {
+		why = fmt.Sprintf("%s; %s: %v", why, node.ReasonOf(blocked, "Error"), blocked)
+	}
+	return cni.Errorf(cni.CodeTryAgain, "no free VPC address", "%s", why)
+}
+
+// del takes the pod's network away. It succeeds if there is none.
+func (n *Network) del(key cni.Attachment) error {
+	pod, ok, err := n.ledger.pod(key)
+	if err != nil || !ok {
+		return err
+	}
+	if err := n.ledger.release(key, time.Now()); err != nil {
+		return err
+	}
+	if err := n.paths.unwire(pod); err != nil {
+		return err
+	}
+	return n.ledger.sync()
+}
+
+// check compares the pod's network with what its ADD made.
+func (n *Network) check(req cni.Request) error {
+	pod, ok, err := n.ledger.pod(req.Attachment)
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return cni.Errorf(cni.CodeDrift, "pod is not wired", "no address is recorded for container %s", req.ContainerID)
+	}
+	for _, a := range req.Addrs {
+		if a != pod.Addr {
+			return cni.Errorf(cni.CodeDrift, "pod has another address", "prevResult says %s, its address is %s", a, pod.Addr)
+		}
+	}
+	steps, err := n.paths.check(pod)
+	if err != nil {
+		return err
+	}
+	if len(steps) == 0 {
+		return nil
+	}
+	return cni.Errorf(cni.CodeDrift, "pod's network is not as it was made", "%d differences, the first: %s", len(steps), steps[0].text)
+}
+
+// gc takes away the network of every attachment that is not valid.
+func (n *Network) gc(valid []cni.Attachment) error {
+	keep := map[cni.Attachment]bool{}
+	for _, a := range valid {
+		keep[a] = true
+	}
+	s, err := n.ledger.state()
+	if err != nil {
+		return err
+	}
+	for _, p := range s.pods() {
+		if keep[p.Attachment] {
+			continue
+		}
+		n.log.Info("garbage collected", "pod", p.String(), "container", p.ContainerID, "addr", p.Addr)
+		err = errors.Join(err, n.del(p.Attachment))
+	}
+	return err
+}

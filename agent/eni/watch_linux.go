@@ -1,0 +1,58 @@
+package eni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// watchKernel calls wake whenever links, addresses, routes, rules, their sysctls
+// or nftables change. It returns when ctx ends or when messages were lost.
+func watchKernel(ctx context.Context, wake func()) error {
+	group := func(n int) uint32 { return 1 << (n - 1) }
+	families := map[int]uint32{
+		unix.NETLINK_ROUTE: group(unix.RTNLGRP_LINK) | group(unix.RTNLGRP_IPV4_IFADDR) | group(unix.RTNLGRP_IPV4_ROUTE) |
+			group(unix.RTNLGRP_IPV4_RULE) | group(unix.RTNLGRP_IPV4_NETCONF) | group(unix.RTNLGRP_IPV6_NETCONF),
+		unix.NETLINK_NETFILTER: group(unix.NFNLGRP_NFTABLES),
+	}
+	ended := make(chan error, len(families))
+	running := 0
+	var conns []*netlink.Conn
+	var err error
+	for family, groups := range families {
+		conn, dialErr := netlink.Dial(family, &netlink.Config{Groups: groups})
+		if dialErr != nil {
+			err = fmt.Errorf("watch netlink family %d: %w", family, dialErr)
+			break
+		}
+		conns = append(conns, conn)
+		running++
+		go func() {
+			for {
+				if _, err := conn.Receive(); err != nil {
+					ended <- fmt.Errorf("watch netlink family %d: %w", family, err)
+					return
+				}
+				wake()
+			}
+		}()
+	}
+	if err == nil {
+		select {
+		case <-ctx.Done():
+			err = ctx.Err()
+		case err = <-ended:
+			running--
+		}
+	}
+	for _, c := range conns {
+		err = errors.Join(err, c.Close())
+	}
+	for range running {
+		<-ended
+	}
+	return err
+}
