@@ -1,10 +1,11 @@
 package tencent
 
 import (
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
@@ -35,8 +36,14 @@ const (
 	metadataNagEvery = 30 * time.Second
 )
 
-// ErrNotFound is what the metadata service does not have.
-var ErrNotFound = errors.New("not in the metadata service")
+// ErrNotFound says that the metadata service has answered, and does not have what
+// was asked for. It is fs.ErrNotExist, too.
+var ErrNotFound error = notFound{}
+
+type notFound struct{}
+
+func (notFound) Error() string        { return "not in the metadata service" }
+func (notFound) Is(target error) bool { return target == fs.ErrNotExist }
 
 // Metadata is a client of the instance metadata service. It repeats what fails,
 // with jitter, until its context ends; only 404 is an answer.
@@ -48,11 +55,11 @@ type Metadata struct {
 	creds credentialCache
 }
 
-// NewMetadata returns a client of the service at url, which is MetadataURL on a
-// CVM. It ignores proxy settings.
+// NewMetadata returns a client of the service at url, which is MetadataURL if
+// empty. It ignores proxy settings.
 func NewMetadata(url string) *Metadata {
 	return &Metadata{
-		url:   strings.TrimSuffix(url, "/"),
+		url:   strings.TrimSuffix(cmp.Or(url, MetadataURL), "/"),
 		creds: newCredentialCache(),
 		HTTP: &http.Client{
 			Transport:     &http.Transport{MaxIdleConnsPerHost: 1, IdleConnTimeout: 10 * time.Second},

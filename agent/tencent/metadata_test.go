@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"io/fs"
 	"net/http"
 	"net/netip"
 	"os"
@@ -43,7 +44,7 @@ func response(status int, body string) *http.Response {
 }
 
 func (s *service) client() *Metadata {
-	m := NewMetadata(MetadataURL)
+	m := NewMetadata("")
 	m.HTTP.Transport = s
 	return m
 }
@@ -108,7 +109,7 @@ func TestUserData(t *testing.T) {
 		t.Errorf("UserData = %q, %v", b, err)
 	}
 	s.answers = nil
-	if _, err := s.client().UserData(t.Context()); !errors.Is(err, ErrNotFound) || s.calls != 2 {
+	if _, err := s.client().UserData(t.Context()); !errors.Is(err, ErrNotFound) || !errors.Is(err, fs.ErrNotExist) || s.calls != 2 {
 		t.Errorf("UserData of none: %v after %d calls, want ErrNotFound at the first", err, s.calls-1)
 	}
 	s.answers = map[string]string{"user-data": strings.Repeat("x", maxUserDataBytes+1)}

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 )
 
 // States of an ENI and of an address on it. An ENI that is attached is AVAILABLE
@@ -27,12 +28,18 @@ type ENI struct {
 	SubnetID       string      `json:"SubnetId"`
 	SecurityGroups []string    `json:"GroupSet"`
 	Primary        bool        `json:"Primary"`
-	MAC            string      `json:"MacAddress"`
+	MAC            string      `json:"MacAddress"` // lower case
 	State          string      `json:"State"`
 	IPs            []IP        `json:"PrivateIpAddressSet"`
 	Attachment     *Attachment `json:"Attachment"`
 	Tags           []Tag       `json:"TagSet"`
 	CreatedTime    string      `json:"CreatedTime"`
+}
+
+// lower makes the ENI's MAC what the kernel calls it.
+func (e ENI) lower() ENI {
+	e.MAC = strings.ToLower(e.MAC)
+	return e
 }
 
 // AttachedTo reports whether the ENI is attached to the instance, for good: not
@@ -143,7 +150,9 @@ func (c *Client) describeENIs(ctx context.Context, filters []filter) ([]ENI, err
 		if err := c.call(ctx, "vpc", "DescribeNetworkInterfaces", in, &out); err != nil {
 			return nil, err
 		}
-		all = append(all, out.NetworkInterfaceSet...)
+		for _, e := range out.NetworkInterfaceSet {
+			all = append(all, e.lower())
+		}
 		if len(out.NetworkInterfaceSet) == 0 || len(all) >= out.TotalCount {
 			return all, nil
 		}
@@ -159,7 +168,7 @@ func (c *Client) CreateENI(ctx context.Context, spec ENISpec) (ENI, string, erro
 		NetworkInterface ENI
 	}
 	err := c.call(ctx, "vpc", "CreateNetworkInterface", spec, &out)
-	return out.NetworkInterface, out.RequestId, err
+	return out.NetworkInterface.lower(), out.RequestId, err
 }
 
 // AttachENI starts to attach an ENI to an instance and returns the task.

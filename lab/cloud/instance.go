@@ -1,0 +1,272 @@
+package cloud
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// InstanceSpec says what to launch. Empty fields get the first that the region
+// has.
+type InstanceSpec struct {
+	Name      string // also the host name; default the private address, as 10-0-0-30
+	Type      string // default S5.MEDIUM4
+	Image     string
+	Subnet    string // of the primary ENI
+	UserData  []byte // not base64
+	DataDisks []DiskSpec
+	MemoryMiB int // default what the type has; the lab's own machine may have less
+}
+
+// DiskSpec is a data disk to create and attach at launch.
+type DiskSpec struct {
+	SizeGiB            int
+	Type               string // default CLOUD_PREMIUM
+	DeleteWithInstance bool
+}
+
+const (
+	defaultType     = "S5.MEDIUM4"
+	defaultDiskType = "CLOUD_PREMIUM"
+	systemDiskGiB   = 50
+	maxUserData     = 16 << 10 // https://cloud.tencent.com/document/api/213/15730
+)
+
+// Launch creates an instance with its primary ENI and its disks, and runs it.
+// What it has created is gone again when it fails.
+func (r *Region) Launch(ctx context.Context, spec InstanceSpec) (Instance, error) {
+	in, eni, disks, err := r.create(spec)
+	if err != nil {
+		return Instance{}, fmt.Errorf("launch instance: %w", err)
+	}
+	m := Machine{
+		Instance: in.ID, UUID: in.UUID, Hostname: in.Name, Image: in.Image, UserData: spec.UserData,
+		CPUs: instanceTypes[in.Type].CPUs, MemoryMiB: instanceTypes[in.Type].MemoryGiB << 10,
+		NICs: []NIC{{eni.ID, eni.mac()}},
+	}
+	if spec.MemoryMiB > 0 {
+		m.MemoryMiB = spec.MemoryMiB
+	}
+	for _, d := range disks {
+		if !d.System {
+			m.Volumes = append(m.Volumes, Volume{d.ID, d.SizeGiB})
+		}
+	}
+	err = r.fabric.Attach(Port{
+		ENI: eni.ID, MAC: eni.mac(), Subnet: eni.Subnet, Addrs: []netip.Addr{in.PrivateIP}, Primary: true, Hostname: in.Name,
+	})
+	if err == nil {
+		if err = r.hypervisor.Run(ctx, m); err != nil {
+			_ = r.fabric.Detach(eni.ID) // nobody else uses the port
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err != nil {
+		r.instances.drop(in.ID)
+		r.enis.drop(eni.ID)
+		for _, d := range disks {
+			r.disks.drop(d.ID)
+		}
+		return Instance{}, fmt.Errorf("launch instance %s: %w", in.ID, err)
+	}
+	in.State = running
+	r.instances.put(in.ID, in)
+	return in, nil
+}
+
+// create adds what an instance consists of, PENDING.
+func (r *Region) create(spec InstanceSpec) (Instance, ENI, []Disk, error) {
+	if spec.Type == "" {
+		spec.Type = defaultType
+	}
+	if spec.Image == "" {
+		spec.Image = r.config.Images[0]
+	}
+	if spec.Subnet == "" {
+		spec.Subnet = r.config.Subnets[0].ID
+	}
+	s, ok := r.subnet(spec.Subnet)
+	_, typeOK := instanceTypes[spec.Type]
+	switch {
+	case !ok:
+		return Instance{}, ENI{}, nil, fmt.Errorf("subnet %q is not found", spec.Subnet)
+	case !typeOK:
+		return Instance{}, ENI{}, nil, fmt.Errorf("type %q is not one of %v", spec.Type, slices.Sorted(maps.Keys(instanceTypes)))
+	case !slices.Contains(r.config.Images, spec.Image):
+		return Instance{}, ENI{}, nil, fmt.Errorf("image %q is not one of %v", spec.Image, r.config.Images)
+	case len(spec.UserData) > maxUserData:
+		return Instance{}, ENI{}, nil, fmt.Errorf("user-data has %d bytes, at most %d are allowed", len(spec.UserData), maxUserData)
+	case len(spec.DataDisks) > maxDisks:
+		return Instance{}, ENI{}, nil, fmt.Errorf("%d data disks, at most %d are allowed", len(spec.DataDisks), maxDisks)
+	}
+	for _, d := range spec.DataDisks {
+		if d.SizeGiB <= 0 {
+			return Instance{}, ENI{}, nil, fmt.Errorf("data disk of %d GiB", d.SizeGiB)
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	addrs, err := r.takeAddrs(s, 1)
+	if err != nil {
+		return Instance{}, ENI{}, nil, err
+	}
+	now, ip := time.Now(), addrs[0]
+	if spec.Name == "" {
+		b := ip.As4()
+		spec.Name = fmt.Sprintf("%d-%d-%d-%d", b[0], b[1], b[2], b[3])
+	}
+	in := Instance{
+		ID: newID("ins-"), Name: spec.Name, UUID: newUUID(), Type: spec.Type, Image: spec.Image, Zone: s.Zone,
+		State: pending, PrivateIP: ip, Created: now, userData: spec.UserData,
+	}
+	eni := ENI{
+		ID: newID("eni-"), Name: "Primary ENI", Subnet: s.ID, MAC: r.newMAC(), Primary: true, State: available,
+		SecurityGroups: r.config.SecurityGroups[:1], IPs: []IP{{ip, true, available}}, Instance: in.ID, Created: now, Attached: now,
+	}
+	disks := []Disk{{
+		ID: newID("disk-"), Type: defaultDiskType, System: true, SizeGiB: systemDiskGiB, DeleteWithInstance: true,
+	}}
+	for _, d := range spec.DataDisks {
+		if d.Type == "" {
+			d.Type = defaultDiskType
+		}
+		disks = append(disks, Disk{ID: newID("disk-"), Type: d.Type, SizeGiB: d.SizeGiB, DeleteWithInstance: d.DeleteWithInstance})
+	}
+	for i := range disks {
+		d := &disks[i]
+		d.State, d.Zone, d.Instance, d.LastInstance, d.Created = attached, s.Zone, in.ID, in.ID, now
+		r.disks.put(d.ID, *d)
+	}
+	r.instances.put(in.ID, in)
+	r.enis.put(eni.ID, eni)
+	return in, eni, disks, nil
+}
+
+// Terminate ends an instance. Its primary ENI, and the disks that were to go with
+// it, are gone; what else was attached is free.
+func (r *Region) Terminate(ctx context.Context, id string) error {
+	if err := r.terminate(ctx, id); err != nil {
+		return fmt.Errorf("terminate instance %s: %w", id, err)
+	}
+	return nil
+}
+
+func (r *Region) terminate(ctx context.Context, id string) error {
+	if err := r.close(ctx, id); err != nil {
+		return err
+	}
+	if err := r.hypervisor.Destroy(ctx, id); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	enis, disks := r.attachedENIs(id), r.disks.all()
+	r.mu.Unlock()
+	var errs []error
+	for _, e := range enis {
+		errs = append(errs, r.fabric.Detach(e.ID))
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, e := range enis {
+		if e.Primary {
+			r.enis.drop(e.ID)
+			continue
+		}
+		e = e.copy()
+		e.Instance, e.DeviceIndex, e.Attached = "", 0, time.Time{}
+		r.enis.put(e.ID, e)
+	}
+	for _, d := range disks {
+		switch {
+		case d.Instance != id:
+		case d.DeleteWithInstance:
+			r.disks.drop(d.ID)
+		default:
+			d.State, d.Instance = unattached, ""
+			r.disks.put(d.ID, d)
+		}
+	}
+	r.instances.drop(id)
+	maps.DeleteFunc(r.keys, func(_ string, k *roleKey) bool { return k.Instance == id })
+	return errors.Join(errs...)
+}
+
+// close makes an instance refuse everything new, and waits for the tasks that
+// work on its devices.
+func (r *Region) close(ctx context.Context, id string) error {
+	r.mu.Lock()
+	in, ok := r.instances.get(id)
+	if ok && in.State != terminating {
+		in.State = terminating
+		r.instances.put(id, in)
+	}
+	r.mu.Unlock()
+	if !ok {
+		return errNoInstance
+	}
+	for r.busy(id) {
+		if err := pause(ctx, 100*time.Millisecond); err != nil {
+			return fmt.Errorf("wait for its tasks: %w", err)
+		}
+	}
+	return nil
+}
+
+func (r *Region) busy(instance string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.ContainsFunc(r.enis.all(), func(e ENI) bool { return e.Instance == instance && r.claimed[e.ID] }) ||
+		slices.ContainsFunc(r.disks.all(), func(d Disk) bool { return d.Instance == instance && r.claimed[d.ID] })
+}
+
+// NoticeSpot makes the metadata service say that the cloud takes an instance
+// back at a time.
+func (r *Region) NoticeSpot(id string, at time.Time) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	in, ok := r.instances.get(id)
+	if !ok {
+		return fmt.Errorf("notice instance %s: %w", id, errNoInstance)
+	}
+	in.SpotTermination = at
+	r.instances.put(id, in)
+	return nil
+}
+
+// Snapshot is the region's state for people, without any secret.
+type Snapshot struct {
+	Instances []Instance
+	ENIs      []ENI
+	Disks     []Disk
+	Tasks     map[string]Task // that have not ended
+	Calls     map[string]int  // of each action, authorized ones
+}
+
+// Task is a task that has not ended.
+type Task struct {
+	Action string
+	Began  time.Time
+}
+
+// Snapshot returns the region's state as it is, not as it is described.
+func (r *Region) Snapshot() Snapshot {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s := Snapshot{
+		Instances: r.instances.all(), ENIs: r.enis.all(), Disks: r.disks.all(), Tasks: map[string]Task{}, Calls: maps.Clone(r.calls),
+	}
+	for i := range s.ENIs {
+		s.ENIs[i] = s.ENIs[i].copy()
+	}
+	for id, t := range r.tasks {
+		if t.Status == taskRunning {
+			s.Tasks[id] = Task{t.Action, t.Began}
+		}
+	}
+	return s
+}

@@ -1,0 +1,110 @@
+package cloud_test
+
+import (
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/tkenode/tkenode/lab/cloud"
+)
+
+func TestLaunch(t *testing.T) {
+	l := newLab(t, instant())
+	m := l.machines.running[l.instance.ID]
+	if m.CPUs != 2 || m.MemoryMiB != 4096 || m.Hostname != "10-0-0-30" || len(m.NICs) != 1 || len(m.Volumes) != 1 || m.Volumes[0].SizeGiB != 20 {
+		t.Errorf("machine %+v", m)
+	}
+	second, err := l.Launch(t.Context(), cloud.InstanceSpec{Name: "second", Type: "S5.LARGE8", MemoryMiB: 2048})
+	if err != nil || second.PrivateIP.String() != "10.0.0.31" || second.State != "RUNNING" {
+		t.Errorf("second instance %+v, %v", second, err)
+	}
+	if m := l.machines.running[second.ID]; m.CPUs != 4 || m.MemoryMiB != 2048 || m.Hostname != "second" {
+		t.Errorf("second machine %+v", m)
+	}
+	for what, spec := range map[string]cloud.InstanceSpec{
+		"type":      {Type: "S1.HUGE"},
+		"subnet":    {Subnet: "subnet-00000000"},
+		"image":     {Image: "img-00000000"},
+		"user-data": {UserData: make([]byte, 16<<10+1)},
+		"disk":      {DataDisks: []cloud.DiskSpec{{}}},
+		"disks":     {DataDisks: make([]cloud.DiskSpec, 21)},
+	} {
+		if _, err := l.Launch(t.Context(), spec); err == nil || !strings.Contains(err.Error(), what) {
+			t.Errorf("bad %s: %v", what, err)
+		}
+	}
+}
+
+// TestLaunchFails: what was created for a machine that does not start is gone.
+func TestLaunchFails(t *testing.T) {
+	l := newLab(t, instant())
+	before := l.Snapshot()
+	l.machines.fail = errors.New("no memory")
+	if _, err := l.Launch(t.Context(), cloud.InstanceSpec{DataDisks: []cloud.DiskSpec{{SizeGiB: 10}}}); err == nil || !strings.Contains(err.Error(), "no memory") {
+		t.Errorf("launch: %v", err)
+	}
+	after := l.Snapshot()
+	if len(after.Instances) != 1 || len(after.ENIs) != len(before.ENIs) || len(after.Disks) != len(before.Disks) || len(l.machines.ports) != 1 {
+		t.Errorf("left behind: %+v, ports %v", after, l.machines.ports)
+	}
+	if in, err := l.Launch(t.Context(), cloud.InstanceSpec{}); err != nil || in.PrivateIP.String() != "10.0.0.31" {
+		t.Errorf("the address is not free again: %s, %v", in.PrivateIP, err)
+	}
+}
+
+func TestTerminate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(t, cloud.Default())
+		eni, task, err := l.api.CreateENI(t.Context(), spec("c"))
+		l.await(t, task, err)
+		if _, err = l.api.AttachENI(t.Context(), eni.ID, l.instance.ID, "a"); err != nil {
+			t.Fatal(err)
+		}
+		start := time.Now()
+		if err := l.Terminate(t.Context(), l.instance.ID); err != nil {
+			t.Fatal(err)
+		}
+		if d := time.Since(start); d < 3*time.Second {
+			t.Errorf("terminated after %s, in the middle of an attach", d)
+		}
+		s := l.Snapshot()
+		if len(s.Instances) != 0 || len(s.ENIs) != 1 || s.ENIs[0].ID != eni.ID || s.ENIs[0].Instance != "" {
+			t.Errorf("what is left: %+v", s)
+		}
+		if len(s.Disks) != 1 || s.Disks[0].System || s.Disks[0].State != "UNATTACHED" || s.Disks[0].LastInstance != l.instance.ID {
+			t.Errorf("disks that are left: %+v", s.Disks)
+		}
+		if len(l.machines.running)+len(l.machines.ports)+len(l.machines.devices) != 0 {
+			t.Errorf("left behind: %+v", l.machines)
+		}
+		if _, err := l.api.DescribeENIs(t.Context(), l.instance.ID); code(err) != "AuthFailure.SecretIdNotFound" {
+			t.Errorf("credentials of an instance that is gone: %v", err)
+		}
+		if err := l.Terminate(t.Context(), l.instance.ID); err == nil {
+			t.Error("terminated twice")
+		}
+	})
+}
+
+func TestSnapshotHasNoSecrets(t *testing.T) {
+	l := newLab(t, instant())
+	c, err := l.metadata.Credentials(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := json.Marshal(l.Snapshot())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, secret := range map[string]string{"key": c.SecretKey.Reveal(), "token": c.Token.Reveal(), "user-data": "NodeConfig"} {
+		if strings.Contains(string(b), secret) {
+			t.Errorf("snapshot holds the %s", what)
+		}
+	}
+	if !strings.Contains(string(b), l.instance.ID) {
+		t.Errorf("snapshot %s lacks the instance", b)
+	}
+}

@@ -1,0 +1,374 @@
+package cloud_test
+
+import (
+	"encoding/json"
+	"errors"
+	"net/http"
+	"reflect"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	cbs "github.com/tencentcloud/tencentcloud-sdk-go/tencentcloud/cbs/v20170312"
+	"github.com/tencentcloud/tencentcloud-sdk-go/tencentcloud/common"
+	sdkerrors "github.com/tencentcloud/tencentcloud-sdk-go/tencentcloud/common/errors"
+	sdkhttp "github.com/tencentcloud/tencentcloud-sdk-go/tencentcloud/common/http"
+	"github.com/tencentcloud/tencentcloud-sdk-go/tencentcloud/common/profile"
+	cvm "github.com/tencentcloud/tencentcloud-sdk-go/tencentcloud/cvm/v20170312"
+	vpc "github.com/tencentcloud/tencentcloud-sdk-go/tencentcloud/vpc/v20170312"
+
+	"github.com/tkenode/tkenode/lab/cloud"
+)
+
+// everything is a policy for the actions that the agent does not call.
+const everything = `{"version":"2.0","statement":[{"effect":"allow","action":"*","resource":"*"}]}`
+
+// sdk drives a region with the vendor's own clients.
+type sdk struct {
+	*lab
+	credential *common.Credential
+	vpc        *vpc.Client
+	cbs        *cbs.Client
+	cvm        *cvm.Client
+}
+
+func endpoint(service string) *profile.ClientProfile {
+	p := profile.NewClientProfile()
+	p.HttpProfile.Endpoint = service + ".internal.tencentcloudapi.com"
+	return p
+}
+
+func newSDK(t *testing.T, config cloud.Config) *sdk {
+	t.Helper()
+	config.Policy = []byte(everything)
+	s := &sdk{lab: newLab(t, config)}
+	keys, err := s.metadata.Credentials(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.credential = common.NewTokenCredential(keys.SecretID, keys.SecretKey.Reveal(), keys.Token.Reveal())
+	var err1, err2, err3 error
+	s.vpc, err1 = vpc.NewClient(s.credential, config.Region, endpoint("vpc"))
+	s.cbs, err2 = cbs.NewClient(s.credential, config.Region, endpoint("cbs"))
+	s.cvm, err3 = cvm.NewClient(s.credential, config.Region, endpoint("cvm"))
+	if err1 != nil || err2 != nil || err3 != nil {
+		t.Fatal(err1, err2, err3)
+	}
+	s.wire.seen = func(req *http.Request, answer []byte) { checkFields(t, req.Header.Get("X-TC-Action"), answer) }
+	s.vpc.WithHttpTransport(s.wire)
+	s.cbs.WithHttpTransport(s.wire)
+	s.cvm.WithHttpTransport(s.wire)
+	return s
+}
+
+// answers are the SDK's structs for what each action answers.
+var answers = map[string]any{
+	"CreateNetworkInterface":          vpc.CreateNetworkInterfaceResponse{},
+	"AttachNetworkInterface":          vpc.AttachNetworkInterfaceResponse{},
+	"CreateAndAttachNetworkInterface": vpc.CreateAndAttachNetworkInterfaceResponse{},
+	"DetachNetworkInterface":          vpc.DetachNetworkInterfaceResponse{},
+	"DeleteNetworkInterface":          vpc.DeleteNetworkInterfaceResponse{},
+	"AssignPrivateIpAddresses":        vpc.AssignPrivateIpAddressesResponse{},
+	"UnassignPrivateIpAddresses":      vpc.UnassignPrivateIpAddressesResponse{},
+	"DescribeNetworkInterfaces":       vpc.DescribeNetworkInterfacesResponse{},
+	"DescribeNetworkInterfaceLimit":   vpc.DescribeNetworkInterfaceLimitResponse{},
+	"DescribeSubnets":                 vpc.DescribeSubnetsResponse{},
+	"DescribeVpcTaskResult":           vpc.DescribeVpcTaskResultResponse{},
+	"DescribeDisks":                   cbs.DescribeDisksResponse{},
+	"AttachDisks":                     cbs.AttachDisksResponse{},
+	"DetachDisks":                     cbs.DetachDisksResponse{},
+	"CreateDisks":                     cbs.CreateDisksResponse{},
+	"DescribeInstances":               cvm.DescribeInstancesResponse{},
+	"DescribeZones":                   cvm.DescribeZonesResponse{},
+}
+
+// checkFields holds an answer to the fields that the SDK's struct has.
+func checkFields(t *testing.T, action string, answer []byte) {
+	t.Helper()
+	var got struct{ Response map[string]any }
+	if err := json.Unmarshal(answer, &got); err != nil {
+		t.Errorf("%s answers %s: %v", action, answer, err)
+		return
+	}
+	if got.Response["Error"] != nil {
+		return // the SDK's error struct is checked by what it decodes
+	}
+	if answers[action] == nil {
+		t.Errorf("%s has no struct to be held to", action)
+		return
+	}
+	for _, unknown := range unknownFields("", map[string]any{"Response": got.Response}, reflect.TypeOf(answers[action])) {
+		t.Errorf("%s answers the field %s, which the SDK does not have", action, unknown)
+	}
+}
+
+func unknownFields(path string, v any, typ reflect.Type) (unknown []string) {
+	for typ.Kind() == reflect.Pointer || typ.Kind() == reflect.Slice {
+		typ = typ.Elem()
+	}
+	switch v := v.(type) {
+	case []any:
+		for _, e := range v {
+			unknown = append(unknown, unknownFields(path, e, typ)...)
+		}
+	case map[string]any:
+		if typ.Kind() != reflect.Struct {
+			return []string{path + " (an object)"}
+		}
+		fields := map[string]reflect.Type{}
+		for i := range typ.NumField() {
+			f := typ.Field(i)
+			name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+			fields[name] = f.Type
+		}
+		for k, e := range v {
+			if fields[k] == nil {
+				unknown = append(unknown, path+"."+k)
+				continue
+			}
+			unknown = append(unknown, unknownFields(path+"."+k, e, fields[k])...)
+		}
+	}
+	return unknown
+}
+
+func TestUnknownFieldsAreFound(t *testing.T) {
+	got := unknownFields("", map[string]any{"Response": map[string]any{
+		"NetworkInterfaceSet": []any{map[string]any{"NetworkInterfaceId": "x", "Invented": 1.0}},
+	}}, reflect.TypeOf(vpc.DescribeNetworkInterfacesResponse{}))
+	if len(got) != 1 || got[0] != ".Response.NetworkInterfaceSet.Invented" {
+		t.Errorf("unknown fields %v", got)
+	}
+}
+
+func must[T any](t *testing.T, v T, err error) T {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+func sdkCode(err error) string {
+	if e, ok := errors.AsType[*sdkerrors.TencentCloudSDKError](err); ok {
+		return e.Code
+	}
+	return ""
+}
+
+// TestSDKENI calls every ENI action with the SDK.
+func TestSDKENI(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSDK(t, instant())
+		str, num := common.StringPtr, common.Uint64Ptr
+		done := func(task *string) {
+			t.Helper()
+			synctest.Wait()
+			q := vpc.NewDescribeVpcTaskResultRequest()
+			q.TaskId = task
+			a, err := s.vpc.DescribeVpcTaskResult(q)
+			if err != nil || *a.Response.Status != "SUCCESS" {
+				t.Fatalf("task %s: %+v, %v", *task, a, err)
+			}
+		}
+		create := vpc.NewCreateNetworkInterfaceRequest()
+		create.VpcId, create.SubnetId, create.NetworkInterfaceName = str("vpc-lab00001"), str("subnet-pods0001"), str("eni")
+		create.SecurityGroupIds, create.SecondaryPrivateIpAddressCount = common.StringPtrs([]string{"sg-lab00001"}), num(2)
+		create.PrivateIpAddresses = []*vpc.PrivateIpAddressSpecification{{PrivateIpAddress: str("10.0.16.9"), Primary: common.BoolPtr(true)}}
+		create.Tags = []*vpc.Tag{{Key: str("k"), Value: str("v")}}
+		made, err := s.vpc.CreateNetworkInterface(create)
+		eni := must(t, made, err).Response.NetworkInterface
+		if len(eni.PrivateIpAddressSet) != 3 || *eni.PrivateIpAddressSet[0].PrivateIpAddress != "10.0.16.9" || *eni.TagSet[0].Value != "v" {
+			t.Errorf("created %s", made.ToJsonString())
+		}
+		done(made.Response.RequestId)
+
+		attach := vpc.NewAttachNetworkInterfaceRequest()
+		attach.NetworkInterfaceId, attach.InstanceId = eni.NetworkInterfaceId, str(s.instance.ID)
+		a1, err := s.vpc.AttachNetworkInterface(attach)
+		done(must(t, a1, err).Response.RequestId)
+
+		assign := vpc.NewAssignPrivateIpAddressesRequest()
+		assign.NetworkInterfaceId = eni.NetworkInterfaceId
+		assign.PrivateIpAddresses = []*vpc.PrivateIpAddressSpecification{{PrivateIpAddress: str("10.0.16.77")}}
+		a2, err := s.vpc.AssignPrivateIpAddresses(assign)
+		done(must(t, a2, err).Response.RequestId)
+
+		describe := vpc.NewDescribeNetworkInterfacesRequest()
+		describe.Filters = []*vpc.Filter{{Name: str("address-ip"), Values: common.StringPtrs([]string{"10.0.16.77"})}, {Name: str("tag:k"), Values: common.StringPtrs([]string{"v"})}}
+		a3, err := s.vpc.DescribeNetworkInterfaces(describe)
+		if must(t, a3, err); *a3.Response.TotalCount != 1 || len(a3.Response.NetworkInterfaceSet[0].PrivateIpAddressSet) != 4 {
+			t.Errorf("described %s", a3.ToJsonString())
+		}
+		describe.Filters[0].Name = str("colour")
+		if _, err = s.vpc.DescribeNetworkInterfaces(describe); sdkCode(err) != "InvalidParameter.FilterInvalidKey" {
+			t.Errorf("unknown filter: %v", err)
+		}
+
+		unassign := vpc.NewUnassignPrivateIpAddressesRequest()
+		unassign.NetworkInterfaceId, unassign.PrivateIpAddresses = eni.NetworkInterfaceId, assign.PrivateIpAddresses
+		a4, err := s.vpc.UnassignPrivateIpAddresses(unassign)
+		done(must(t, a4, err).Response.RequestId)
+
+		detach := vpc.NewDetachNetworkInterfaceRequest()
+		detach.NetworkInterfaceId, detach.InstanceId = eni.NetworkInterfaceId, str(s.instance.ID)
+		a5, err := s.vpc.DetachNetworkInterface(detach)
+		done(must(t, a5, err).Response.RequestId)
+
+		remove := vpc.NewDeleteNetworkInterfaceRequest()
+		remove.NetworkInterfaceId = eni.NetworkInterfaceId
+		a6, err := s.vpc.DeleteNetworkInterface(remove)
+		done(must(t, a6, err).Response.RequestId)
+
+		both := vpc.NewCreateAndAttachNetworkInterfaceRequest()
+		both.VpcId, both.SubnetId, both.NetworkInterfaceName = create.VpcId, create.SubnetId, create.NetworkInterfaceName
+		both.SecurityGroupIds, both.InstanceId = create.SecurityGroupIds, str(s.instance.ID)
+		a7, err := s.vpc.CreateAndAttachNetworkInterface(both)
+		done(must(t, a7, err).Response.RequestId)
+		if id := *a7.Response.NetworkInterface.NetworkInterfaceId; s.machines.holds(id) != s.instance.ID {
+			t.Errorf("ENI %s is not plugged", id)
+		}
+
+		limit := vpc.NewDescribeNetworkInterfaceLimitRequest()
+		limit.InstanceId = a7.Response.NetworkInterface.NetworkInterfaceId
+		a8, err := s.vpc.DescribeNetworkInterfaceLimit(limit)
+		if must(t, a8, err); *a8.Response.EniQuantity != 4 || *a8.Response.ExtendEniQuantity != 10 {
+			t.Errorf("limit %s", a8.ToJsonString())
+		}
+		subnets := vpc.NewDescribeSubnetsRequest()
+		subnets.Filters = []*vpc.Filter{{Name: str("zone"), Values: common.StringPtrs([]string{"ap-guangzhou-3"})}}
+		subnets.Offset, subnets.Limit = str("1"), str("1")
+		a9, err := s.vpc.DescribeSubnets(subnets)
+		if must(t, a9, err); *a9.Response.TotalCount != 2 || len(a9.Response.SubnetSet) != 1 || *a9.Response.SubnetSet[0].CidrBlock != "10.0.16.0/20" {
+			t.Errorf("subnets %s", a9.ToJsonString())
+		}
+	})
+}
+
+func TestSDKDisks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSDK(t, cloud.Default())
+		time.Sleep(10 * time.Second) // the launch is visible
+		str := common.StringPtr
+		state := func(id string) string {
+			q := cbs.NewDescribeDisksRequest()
+			q.DiskIds = common.StringPtrs([]string{id})
+			a, err := s.cbs.DescribeDisks(q)
+			if must(t, a, err); *a.Response.TotalCount == 0 {
+				return "none"
+			}
+			return *a.Response.DiskSet[0].DiskState
+		}
+		create := cbs.NewCreateDisksRequest()
+		create.Placement = &cbs.Placement{Zone: str("ap-guangzhou-3")}
+		create.DiskChargeType, create.DiskType, create.DiskSize = str("POSTPAID_BY_HOUR"), str("CLOUD_PREMIUM"), common.Uint64Ptr(20)
+		create.ClientToken = str("one")
+		a1, err := s.cbs.CreateDisks(create)
+		id := *must(t, a1, err).Response.DiskIdSet[0]
+		if a, err := s.cbs.CreateDisks(create); err != nil || *a.Response.DiskIdSet[0] != id {
+			t.Errorf("same token: %v, %v", a, err)
+		}
+		if got := state(id); got != "none" {
+			t.Errorf("disk is %s at once", got)
+		}
+		time.Sleep(3 * time.Second)
+		if got := state(id); got != "UNATTACHED" {
+			t.Errorf("disk is %s after 3 s", got)
+		}
+
+		attach := cbs.NewAttachDisksRequest()
+		attach.InstanceId, attach.DiskIds = str(s.instance.ID), common.StringPtrs([]string{id})
+		if _, err := s.cbs.AttachDisks(attach); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.cbs.AttachDisks(attach); sdkCode(err) != "ResourceBusy" {
+			t.Errorf("attach while attaching: %v", err)
+		}
+		time.Sleep(3100 * time.Millisecond)
+		if got := state(id); got != "ATTACHING" || s.machines.holds(id) != s.instance.ID {
+			t.Errorf("disk is %s after 3.1 s, in %q", got, s.machines.holds(id))
+		}
+		time.Sleep(2 * time.Second)
+		if got := state(id); got != "ATTACHED" {
+			t.Errorf("disk is %s after 5.1 s", got)
+		}
+		if _, err := s.cbs.AttachDisks(attach); sdkCode(err) != "ResourceUnavailable.Attached" {
+			t.Errorf("attach again: %v", err)
+		}
+
+		detach := cbs.NewDetachDisksRequest()
+		detach.DiskIds, detach.InstanceId = attach.DiskIds, str("ins-00000000")
+		if _, err := s.cbs.DetachDisks(detach); sdkCode(err) != "InvalidParameterValue" {
+			t.Errorf("detach from another instance: %v", err)
+		}
+		detach.InstanceId = attach.InstanceId
+		if _, err := s.cbs.DetachDisks(detach); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(6 * time.Second)
+		if got := state(id); got != "UNATTACHED" || s.machines.holds(id) != "" {
+			t.Errorf("disk is %s after the detach, in %q", got, s.machines.holds(id))
+		}
+		if _, err := s.cbs.DetachDisks(detach); sdkCode(err) != "InvalidDisk.NotSupported" {
+			t.Errorf("detach again: %v", err)
+		}
+
+		disks, err := s.api.DescribeDisks(t.Context(), s.instance.ID)
+		if err != nil || len(disks) != 2 || disks[0].Usage == disks[1].Usage || disks[0].LastInstanceID != s.instance.ID {
+			t.Errorf("the instance's disks: %+v, %v", disks, err)
+		}
+	})
+}
+
+func TestSDKInstances(t *testing.T) {
+	s := newSDK(t, instant())
+	q := cvm.NewDescribeInstancesRequest()
+	q.Filters = []*cvm.Filter{{Name: common.StringPtr("private-ip-address"), Values: common.StringPtrs([]string{"10.0.0.30"})}}
+	a, err := s.cvm.DescribeInstances(q)
+	if must(t, a, err); *a.Response.TotalCount != 1 || *a.Response.InstanceSet[0].InstanceId != s.instance.ID || len(a.Response.InstanceSet[0].DataDisks) != 1 {
+		t.Errorf("instances %s", a.ToJsonString())
+	}
+	z, err := s.cvm.DescribeZones(cvm.NewDescribeZonesRequest())
+	if must(t, z, err); *z.Response.ZoneSet[0].ZoneId != "100003" {
+		t.Errorf("zones %s", z.ToJsonString())
+	}
+	in, err := s.api.DescribeInstance(t.Context(), s.instance.ID)
+	if err != nil || in.ID != s.instance.ID || len(in.DataDisks) != 1 || in.DataDisks[0].SizeGiB != 20 {
+		t.Errorf("through the agent's client: %+v, %v", in, err)
+	}
+	if _, err := s.api.DescribeInstance(t.Context(), "ins-00000000"); err == nil {
+		t.Error("an instance that is not there is described")
+	}
+}
+
+// TestSDKSignatures: the SDK's signature is right, and a wrong key, an expired
+// token and a parameter that no SDK has are refused with the codes it decodes.
+func TestSDKSignatures(t *testing.T) {
+	s := newSDK(t, instant())
+	zones := cvm.NewDescribeZonesRequest()
+	if _, err := s.cvm.DescribeZones(zones); err != nil {
+		t.Fatal(err)
+	}
+	key := s.credential.SecretKey
+	s.credential.SecretKey = "wrong"
+	if _, err := s.cvm.DescribeZones(zones); sdkCode(err) != "AuthFailure.SignatureFailure" {
+		t.Errorf("wrong key: %v", err)
+	}
+	s.credential.SecretKey = key
+
+	q := sdkhttp.NewCommonRequest("vpc", "2017-03-12", "DescribeSubnets")
+	if err := q.SetActionParameters(map[string]any{"SubnetIDs": []string{"subnet-pods0001"}, "Colour": "red"}); err != nil {
+		t.Fatal(err)
+	}
+	q.SetDomain("vpc.internal.tencentcloudapi.com")
+	client := common.NewCommonClient(s.credential, "ap-guangzhou", endpoint("vpc"))
+	client.WithHttpTransport(s.wire)
+	if err := client.Send(q, sdkhttp.NewCommonResponse()); sdkCode(err) != "UnknownParameter" {
+		t.Errorf("unknown parameter: %v", err)
+	}
+	s.ExpireCredentials()
+	if _, err := s.cvm.DescribeZones(zones); sdkCode(err) != "AuthFailure.TokenFailure" {
+		t.Errorf("expired token: %v", err)
+	}
+}

@@ -1,0 +1,69 @@
+package cloud
+
+import (
+	"context"
+	"time"
+)
+
+// States of a task.
+const (
+	taskRunning = "RUNNING"
+	taskSuccess = "SUCCESS"
+	taskFailed  = "FAILED"
+)
+
+// deviceTimeout bounds what the hypervisor is asked for: a guest that does not
+// let go of a device keeps it.
+const deviceTimeout = time.Minute
+
+// task is asynchronous work. Its id is that of the request which started it.
+type task struct {
+	Action string
+	Status string
+	Output string
+	Began  time.Time
+}
+
+// work is one asynchronous change of an ENI or a disk.
+type work struct {
+	action string
+	target []string // what no other task may touch meanwhile
+	takes  time.Duration
+	// do talks to the hypervisor and the fabric; it runs without the lock.
+	do func(ctx context.Context) error
+	// done records what came of it; it runs with the lock.
+	done func(err error)
+}
+
+// begin starts work as the task of a request. The caller holds mu.
+func (r *Region) begin(id string, w work) {
+	t := &task{Action: w.action, Status: taskRunning, Began: time.Now()}
+	r.tasks[id] = t
+	for _, target := range w.target {
+		r.claimed[target] = true
+	}
+	r.running.Go(func() {
+		select {
+		case <-time.After(w.takes):
+		case <-r.ctx.Done():
+			return
+		}
+		var err error
+		if w.do != nil {
+			ctx, cancel := context.WithTimeout(r.ctx, deviceTimeout)
+			err = w.do(ctx)
+			cancel()
+		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		t.Status = taskSuccess
+		if err != nil {
+			t.Status, t.Output = taskFailed, err.Error()
+			r.log.Warn("task failed", "task", id, "action", w.action, "target", w.target, "err", err)
+		}
+		w.done(err)
+		for _, target := range w.target {
+			delete(r.claimed, target)
+		}
+	})
+}
