@@ -3,7 +3,6 @@ package vpc
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"sync/atomic"
@@ -75,7 +74,7 @@ func (c *capture) write(ctx context.Context, w io.Writer, gone <-chan struct{}) 
 			ended = true
 		}
 		batch = c.take(batch)
-		if _, err := w.Write(batch); err != nil && !errors.Is(err, io.ErrClosedPipe) {
+		if _, err := w.Write(batch); err != nil {
 			return err
 		}
 	}

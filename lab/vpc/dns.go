@@ -2,7 +2,7 @@ package vpc
 
 import (
 	"context"
-	"maps"
+	"fmt"
 	"net"
 	"net/netip"
 	"strings"
@@ -13,17 +13,17 @@ import (
 const dnsTTL = 60 // seconds
 
 // SetHosts replaces what DNS answers. A name that begins with "*." stands for every name below it that has no entry
-// of its own; every other name does not exist.
+// of its own. The names of Tencent's NTP servers are there without being named; every other name does not exist.
 func (n *Network) SetHosts(hosts map[string]netip.Addr) {
-	lower := make(map[string]netip.Addr, len(hosts))
+	lower := map[string]netip.Addr{}
+	for i := range 5 {
+		lower[fmt.Sprintf("time%d.tencentyun.com", i+1)] = NTPServer.Addr()
+	}
 	for name, addr := range hosts {
-		lower[strings.ToLower(strings.TrimSuffix(name, "."))] = addr
+		lower[strings.ToLower(strings.TrimSuffix(name, "."))] = addr.Unmap()
 	}
 	n.hosts.Store(&lower)
 }
-
-// Hosts is a copy of what DNS answers.
-func (n *Network) Hosts() map[string]netip.Addr { return maps.Clone(*n.hosts.Load()) }
 
 func (n *Network) lookup(name string) (netip.Addr, bool) {
 	hosts := *n.hosts.Load()
@@ -89,7 +89,7 @@ func (n *Network) answerDNS(w dns.ResponseWriter, request *dns.Msg) {
 	switch {
 	case !ok:
 		reply.SetRcode(request, dns.RcodeNameError)
-	case question.Qclass == dns.ClassINET && (question.Qtype == dns.TypeA || question.Qtype == dns.TypeANY):
+	case addr.Is4() && question.Qclass == dns.ClassINET && (question.Qtype == dns.TypeA || question.Qtype == dns.TypeANY):
 		reply.Answer = []dns.RR{&dns.A{
 			Hdr: dns.RR_Header{Name: question.Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: dnsTTL},
 			A:   net.IP(addr.AsSlice()),

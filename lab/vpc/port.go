@@ -12,6 +12,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 const (
@@ -144,8 +145,17 @@ func (s *streamServer) serve(p *port) {
 	defer session.Wait()
 	for {
 		conn, err := s.listener.Accept()
-		if err != nil {
+		if errors.Is(err, net.ErrClosed) {
 			return
+		}
+		if err != nil { // out of file descriptors, for one
+			p.network.log.Error("accept a machine", "eni", p.ENI, "err", err)
+			select {
+			case <-p.gone:
+				return
+			case <-time.After(time.Second):
+				continue
+			}
 		}
 		if !s.replace(conn) {
 			return

@@ -152,6 +152,7 @@ func TestDNS(t *testing.T) {
 		{"vpc.internal.tencentcloudapi.com.", dns.TypeA, dns.RcodeSuccess, "169.254.0.95"},
 		{"a.b.internal.tencentcloudapi.com.", dns.TypeA, dns.RcodeSuccess, "169.254.0.95"},
 		{"internal.tencentcloudapi.com.", dns.TypeA, dns.RcodeNameError, ""},
+		{"time5.tencentyun.com.", dns.TypeA, dns.RcodeSuccess, "169.254.0.79"},
 		{"example.com.", dns.TypeA, dns.RcodeNameError, ""},
 		{".", dns.TypeNS, dns.RcodeNameError, ""},
 	}

@@ -3,8 +3,7 @@
 // Every network interface of a machine is a port: a unix stream socket that one QEMU connects to, or a tap. The
 // fabric forwards by destination address, never by MAC: as in the real VPC there is one next hop, whose MAC answers
 // every ARP request, and a packet enters only when its source is assigned to the ENI it comes from. What does not
-// fit is dropped and counted by reason; nothing is ever answered with an ICMP error. A packet keeps its TTL: the
-// fabric is no hop.
+// fit is dropped and counted by reason, without an ICMP error. A packet keeps its TTL: the fabric is no hop.
 //
 // Services of the lab (metadata, DNS, NTP, cloud API, API server) live on a TCP/IP stack of the fabric's own, at VPC
 // or link-local addresses: Listen, ListenPacket, DialContext and Ping send real packets through the fabric. DHCP for
@@ -41,7 +40,7 @@ type Config struct {
 	CIDR    netip.Prefix
 	Subnets []Subnet
 	Domain  string                // DHCP's domain name; none if empty
-	Hosts   map[string]netip.Addr // what DNS answers; "*.example.com" stands for every name below
+	Hosts   map[string]netip.Addr // what DNS answers, as SetHosts says
 	Log     *slog.Logger          // default slog.Default()
 }
 
@@ -98,13 +97,14 @@ func New(config Config) (*Network, error) {
 	n.lab = &port{network: n, Port: Port{ENI: Lab}}
 	n.lab.addrs.Store(new([]netip.Addr))
 	n.SetHosts(config.Hosts)
-	if err := n.startStack(); err != nil {
-		return nil, fmt.Errorf("start network stack: %w", err)
-	}
 	ctx, stop := context.WithCancel(context.Background())
 	n.stop = stop
-	if err := errors.Join(n.startDNS(ctx), n.startNTP(ctx)); err != nil {
-		return nil, errors.Join(err, n.Close())
+	err := n.startStack()
+	if err == nil {
+		err = errors.Join(n.startDNS(ctx), n.startNTP(ctx))
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("start VPC %s: %w", config.CIDR, err), n.Close())
 	}
 	return n, nil
 }
@@ -290,16 +290,18 @@ func (n *Network) checkAddrs(p *port, addrs []netip.Addr) error {
 	return nil
 }
 
-// setOwner makes addrs, and no others, the port's. The caller holds mu.
+// setOwner makes addrs, and no others, the port's; none takes the port out of the network. The caller holds mu.
 func (n *Network) setOwner(p *port, addrs []netip.Addr) {
 	owners := maps.Clone(*n.owners.Load())
 	maps.DeleteFunc(owners, func(_ netip.Addr, q *port) bool { return q == p })
 	for _, a := range addrs {
 		owners[a] = p
 	}
-	addrs = slices.Clone(addrs)
-	p.addrs.Store(&addrs)
 	n.owners.Store(&owners)
+	if len(addrs) > 0 { // a port that goes keeps its last ones: its machine may be asking DHCP right now
+		addrs = slices.Clone(addrs)
+		p.addrs.Store(&addrs)
+	}
 }
 
 func broadcast(p netip.Prefix) netip.Addr {
