@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -309,30 +310,53 @@ func TestClientErrors(t *testing.T) {
 	}
 }
 
-// TestTooManyConnections holds every place and sees that the next one waits, is
-// served once a place is free, and that stopping is not held up.
+// TestTooManyConnections has strangers take every place: the next one is turned
+// away at once, root is not, and a place that is given back is there again.
 func TestTooManyConnections(t *testing.T) {
-	path := serve(t, source())
-	var held []net.Conn
-	for range maxConns {
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	g := guard(l, 2, slog.New(slog.DiscardHandler))
+	var root atomic.Bool
+	g.trusted = func(peer) bool { return root.Load() }
+	accepted := make(chan net.Conn)
+	go func() {
+		for {
+			c, err := g.Accept()
+			if err != nil {
+				return
+			}
+			accepted <- c
+		}
+	}()
+	dial := func() net.Conn {
 		c, err := net.Dial("unix", path)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer c.Close()
-		held = append(held, c)
+		t.Cleanup(func() { c.Close() })
+		return c
 	}
-	c := client(t, path)
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-	defer cancel()
-	if _, err := c.Status(ctx); !errors.Is(err, ErrHung) {
-		t.Fatalf("connection %d was served: %v", maxConns+1, err)
+	dial()
+	first := <-accepted
+	dial()
+	<-accepted
+	if _, err := dial().Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("the third stranger: %v", err)
 	}
-	for _, h := range held {
-		h.Close()
-	}
-	if _, err := c.Status(t.Context()); err != nil {
-		t.Errorf("after the others have gone: %v", err)
+	root.Store(true)
+	dial()
+	<-accepted
+	root.Store(false)
+	first.Close()
+	first.Close() // twice gives one place back
+	dial()
+	<-accepted
+	if _, err := dial().Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("one too many again: %v", err)
 	}
 }
 

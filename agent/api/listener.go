@@ -1,45 +1,53 @@
 package api
 
 import (
+	"log/slog"
 	"net"
 	"sync"
 )
 
-// limit accepts at most n connections at a time and reads each peer's
-// credentials; more clients wait in the kernel's queue.
-func limit(l net.Listener, n int) net.Listener {
-	return &limited{Listener: l, free: make(chan struct{}, n), closed: make(chan struct{})}
+// guard reads who connects, and closes at once the connections of strangers that
+// are more than n. Root's own are not counted: the agent watches itself over this
+// socket, and no reader shall be able to stop it from doing so.
+func guard(l net.Listener, n int, log *slog.Logger) *guarded {
+	return &guarded{Listener: l, places: make(chan struct{}, n), trusted: peer.trusted, log: log}
 }
 
-type limited struct {
+type guarded struct {
 	net.Listener
-	free   chan struct{}
-	once   sync.Once
-	closed chan struct{}
+	places  chan struct{}
+	trusted func(peer) bool // tests replace it
+	log     *slog.Logger
 }
 
-func (l *limited) Accept() (net.Conn, error) {
-	select {
-	case l.free <- struct{}{}:
-	case <-l.closed:
-		return nil, net.ErrClosed
+func (g *guarded) Accept() (net.Conn, error) {
+	for {
+		c, err := g.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		p, err := readPeer(c.(*net.UnixConn))
+		if err != nil {
+			g.log.Warn("a connection is closed", "err", err)
+			_ = c.Close()
+			continue
+		}
+		if g.trusted(p) {
+			return &conn{Conn: c, peer: p, release: func() {}}, nil
+		}
+		select {
+		case g.places <- struct{}{}:
+			return &conn{Conn: c, peer: p, release: sync.OnceFunc(func() { <-g.places })}, nil
+		default:
+			_ = c.Close()
+		}
 	}
-	c, err := l.Listener.Accept()
-	if err != nil {
-		<-l.free
-		return nil, err
-	}
-	return &conn{Conn: c, release: sync.OnceFunc(func() { <-l.free })}, nil
 }
 
-func (l *limited) Close() error {
-	l.once.Do(func() { close(l.closed) })
-	return l.Listener.Close()
-}
-
-// conn gives its place back when it is closed.
+// conn knows its peer and gives its place back when it is closed.
 type conn struct {
 	net.Conn
+	peer    peer
 	release func()
 }
 
@@ -47,5 +55,3 @@ func (c *conn) Close() error {
 	defer c.release()
 	return c.Conn.Close()
 }
-
-func (c *conn) peer() (peer, error) { return readPeer(c.Conn.(*net.UnixConn)) }

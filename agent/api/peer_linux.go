@@ -19,29 +19,20 @@ type peer struct {
 	groups []uint32 // primary and supplementary
 }
 
-// may reports whether the peer may use a route. Root may do everything, and so
-// may the user that the agent runs as, which is root except in tests.
+// trusted reports whether the peer is root, or the user that the agent runs as,
+// which is root except in tests.
+func (p peer) trusted() bool { return p.uid == 0 || p.uid == uint32(os.Geteuid()) }
+
+// may reports whether the peer may use a route.
 func (p peer) may(a access, group int) bool {
-	if p.uid == 0 || p.uid == uint32(os.Geteuid()) {
-		return true
-	}
-	return a == read && group >= 0 && slices.Contains(p.groups, uint32(group))
+	return p.trusted() || a == read && group >= 0 && slices.Contains(p.groups, uint32(group))
 }
 
 type peerKey struct{}
 
-// withPeer keeps the credentials of a new connection in its context.
+// withPeer keeps in its context who is at the other end of a new connection.
 func withPeer(ctx context.Context, c net.Conn) context.Context {
-	return context.WithValue(ctx, peerKey{}, c)
-}
-
-// peerOf returns who is at the other end of the request's connection.
-func peerOf(ctx context.Context) (peer, error) {
-	c, ok := ctx.Value(peerKey{}).(interface{ peer() (peer, error) })
-	if !ok {
-		return peer{}, errors.New("read peer credentials: not a connection of the socket")
-	}
-	return c.peer()
+	return context.WithValue(ctx, peerKey{}, c.(*conn).peer)
 }
 
 // readPeer asks the kernel who connected.

@@ -21,7 +21,7 @@ import (
 const (
 	maxBody       = 64 << 10
 	maxHeader     = 8 << 10
-	maxConns      = 32
+	maxConns      = 32 // of readers that are not root
 	headerTimeout = 5 * time.Second
 	readTimeout   = 10 * time.Second
 	// A plan may take the engine's 30 s, a profile as long as it is asked for.
@@ -69,7 +69,7 @@ func (s *Server) Run(ctx context.Context, path string) error {
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 	}
 	served := make(chan error, 1)
-	go func() { served <- srv.Serve(limit(l, maxConns)) }()
+	go func() { served <- srv.Serve(guard(l, maxConns, s.log)) }()
 	select {
 	case err := <-served:
 		return fmt.Errorf("serve %s: %w", path, err)
@@ -113,12 +113,9 @@ func (s *Server) listen(path string) (net.Listener, error) {
 // handler checks who asks, and turns errors into answers.
 func (s *Server) handler(route Route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		p, err := peerOf(r.Context())
-		if err == nil && !p.may(route.access, s.group) {
-			err = &httpError{http.StatusForbidden, fmt.Sprintf("%s %s is not for user id %d: be root%s", route.Method, route.Path, p.uid, orGroup(route.access))}
-		}
-		if err != nil {
-			fail(w, err)
+		p := r.Context().Value(peerKey{}).(peer)
+		if !p.may(route.access, s.group) {
+			fail(w, &httpError{http.StatusForbidden, fmt.Sprintf("%s %s is not for user id %d: be root%s", route.Method, route.Path, p.uid, orGroup(route.access))})
 			return
 		}
 		if route.Method == http.MethodPost {

@@ -29,7 +29,7 @@ type action func(ctx context.Context, out *terminal, args []string) error
 func commands() []command {
 	return []command{
 		statusCommand, planCommand, bootCommand, wakeCommand,
-		configShowCommand,
+		configShowCommand, configCheckCommand,
 		versionCommand, helpCommand(),
 	}
 }

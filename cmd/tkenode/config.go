@@ -5,10 +5,12 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 
 	"github.com/tkenode/tkenode/agent/api"
 	"github.com/tkenode/tkenode/agent/node"
+	"github.com/tkenode/tkenode/bootstrap/nodeconfig"
 )
 
 // current is the link to the sealed configuration that the agent reads.
@@ -44,4 +46,51 @@ func readSealed(path string, unreachable error) (node.Sealed, error) {
 		return node.Sealed{}, fmt.Errorf("%w, and the file cannot be read: %w", unreachable, err)
 	}
 	return node.DecodeSealed(b)
+}
+
+// maxUserData bounds what config check reads. The cloud takes 16 KiB; a script
+// that is longer by mistake shall be told so by what it contains.
+const maxUserData = 1 << 20
+
+var configCheckCommand = command{
+	name: "config check",
+	args: "FILE",
+	help: "what bootstrap would say of a NodeConfig, or of user-data",
+	long: `FILE is what would be given to a CVM as user-data: a NodeConfig alone, or a MIME multipart with one in
+it; - is standard input. Everything that is wrong is told, each with its line. It works on any machine. What only the node
+or its cluster can tell is not checked: whether the token is valid, or the disk blank.`,
+	flags: func(*flag.FlagSet) action {
+		return func(_ context.Context, out *terminal, args []string) error {
+			if len(args) != 1 {
+				return usagef("config check takes one file, or - for standard input")
+			}
+			data, err := readUserData(args[0])
+			if err != nil {
+				return err
+			}
+			c, err := nodeconfig.FromUserData(data)
+			if err != nil {
+				out.block("", err.Error())
+				return told{err}
+			}
+			out.printf("a valid NodeConfig for cluster %s\n", c.Cluster.ID)
+			return nil
+		}
+	},
+}
+
+func readUserData(path string) ([]byte, error) {
+	f := os.Stdin
+	if path != "-" {
+		var err error
+		if f, err = os.Open(path); err != nil {
+			return nil, err
+		}
+		defer f.Close()
+	}
+	data, err := io.ReadAll(io.LimitReader(f, maxUserData+1))
+	if err == nil && len(data) > maxUserData {
+		err = fmt.Errorf("%s is larger than %d bytes, which no cloud takes as user-data", path, maxUserData)
+	}
+	return data, err
 }

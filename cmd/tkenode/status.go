@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/tkenode/tkenode/agent/api"
+	"github.com/tkenode/tkenode/agent/node"
 )
 
 var statusCommand = command{
@@ -36,7 +37,7 @@ terminal, only a verdict that differs from the last is printed.`,
 			}
 			st, err := askStatus(ctx, c)
 			if err != nil {
-				return explainUnreachable(out, err, bootstrapResult, time.Now())
+				return explainUnreachable(out, err, node.ReportFile, time.Now())
 			}
 			if asJSON {
 				err = out.json(st)
@@ -78,7 +79,7 @@ func watchStatus(ctx context.Context, out *terminal, c *api.Client) error {
 			out.printf("\x1b[H\x1b[2J") // home, clear
 			if err == nil {
 				renderStatus(out, st)
-			} else if err = explainUnreachable(out, err, bootstrapResult, time.Now()); exitCode(err) != exitNoAgent {
+			} else if err = explainUnreachable(out, err, node.ReportFile, time.Now()); exitCode(err) != exitNoAgent {
 				return err
 			}
 		default:

@@ -192,18 +192,15 @@ func orReason(message, reason string) string {
 	return reason
 }
 
-// bootstrapResult is where bootstrap leaves its result for those who cannot ask the agent.
-const bootstrapResult = "/run/tkenode/bootstrap.json"
-
 // explainUnreachable tells what can be told without the agent: why it cannot be
 // asked, what bootstrap said, and what to do. At three in the morning this is
 // the case that matters most. It returns err, marked as told if it was.
-func explainUnreachable(t *terminal, err error, result string, now time.Time) error {
+func explainUnreachable(t *terminal, err error, report string, now time.Time) error {
 	if !errors.Is(err, api.ErrNotRunning) && !errors.Is(err, api.ErrHung) {
 		return err
 	}
 	t.printf("%s\n\n", t.paint(bold+";"+red, err.Error()))
-	if said := readBootstrap(result, now); said != "" {
+	if said := readReport(report, now); said != "" {
 		t.block("  ", said)
 		t.printf("\n")
 	}
@@ -219,22 +216,22 @@ func explainUnreachable(t *terminal, err error, result string, now time.Time) er
 	return told{err}
 }
 
-// readBootstrap returns what the last bootstrap said, or nothing.
-func readBootstrap(path string, now time.Time) string {
+// readReport returns what bootstrap says of itself, or nothing.
+func readReport(path string, now time.Time) string {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return ""
 	}
-	var r struct {
-		Time   time.Time `json:"time"`
-		Reason string    `json:"reason"`
-		Error  string    `json:"error"`
-	}
+	var r node.Report
 	if err := json.Unmarshal(b, &r); err != nil {
 		return fmt.Sprintf("%s cannot be read: %v", path, err)
 	}
-	if r.Error == "" {
-		return fmt.Sprintf("bootstrap ended well %s ago", span(now.Sub(r.Time)))
+	when := fmt.Sprintf("since %s (%s)", clock(r.Since, now), span(now.Sub(r.Since)))
+	switch {
+	case r.Message != "":
+		return fmt.Sprintf("bootstrap is at %q %s: %s: %s", r.Phase, when, r.Reason, r.Message)
+	case r.Done:
+		return "bootstrap is done " + when
 	}
-	return fmt.Sprintf("bootstrap, %s ago: %s: %s", span(now.Sub(r.Time)), r.Reason, r.Error)
+	return fmt.Sprintf("bootstrap is at %q %s", r.Phase, when)
 }

@@ -117,7 +117,7 @@ func TestStatusFitsTheTerminal(t *testing.T) {
 func TestUnreachable(t *testing.T) {
 	dir := t.TempDir()
 	result := filepath.Join(dir, "bootstrap.json")
-	if err := os.WriteFile(result, []byte(`{"time":"2026-01-02T03:01:05Z","reason":"UnknownField","error":"user-data line 12: no such field"}`), 0o600); err != nil {
+	if err := os.WriteFile(result, []byte(`{"phase":"user-data","since":"2026-01-02T03:01:05Z","class":"terminal","reason":"NodeConfigInvalid","message":"NodeConfig line 12: no such field"}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	_, down := api.NewClient(filepath.Join(dir, "none")).Status(t.Context())
@@ -177,12 +177,15 @@ func TestCommandLines(t *testing.T) {
 		{"version", exitOK, "tkenode "},
 		{"--version", exitOK, "tkenode "},
 		{"stauts", exitUsage, `there is no command "stauts"`},
-		{"config", exitUsage, "Try: tkenode config show"},
+		{"config", exitUsage, "Try: tkenode config show, tkenode config check"},
 		{"status -x", exitUsage, "-x"},
 		{"status -o yaml", exitUsage, `-o is text or json, not "yaml"`},
 		{"status --watch -o json", exitUsage, "--watch"},
 		{"plan now", exitUsage, `plan takes no argument, found "now"`},
 		{"wake a b", exitUsage, "one instance"},
+		{"config check", exitUsage, "one file"},
+		{"config check testdata/none", exitError, "no such file"},
+		{"config check testdata/bad.yaml", exitError, "line 3: "},
 	} {
 		var b bytes.Buffer
 		out := &terminal{w: &b, width: 100}

@@ -10,7 +10,7 @@ _tkenode() {
 		"status "*) words="-o --watch" ;;
 		"plan "*) words="-o" ;;
 		"boot "*) words="-o" ;;
-		"config "*) [ "$COMP_CWORD" = 2 ] && words="show" ;;
+		"config "*) [ "$COMP_CWORD" = 2 ] && words="show check" ;;
 		"help "*) words="status plan boot wake config version help" ;;
 		esac
 	fi

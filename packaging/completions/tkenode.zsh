@@ -7,7 +7,7 @@ if (( CURRENT == 2 )); then
 		'plan:what the agent would change now'
 		'boot:what took how long in this boot'
 		'wake:have one instance, or all of them, look again now'
-		'config:show'
+		'config:show, check'
 		'version:the version of this program'
 		'help:what there is, or what a command does'
 	)
@@ -22,7 +22,7 @@ case "$words[2] $words[3]" in
 "status "*) compadd -- -o --watch ;;
 "plan "*) compadd -- -o ;;
 "boot "*) compadd -- -o ;;
-"config "*) (( CURRENT == 3 )) && compadd show || _files ;;
+"config "*) (( CURRENT == 3 )) && compadd show check || _files ;;
 "help "*) compadd status plan boot wake config version help ;;
 *) _files ;;
 esac
