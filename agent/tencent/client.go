@@ -105,6 +105,7 @@ func (c *Client) request(ctx context.Context, creds Credentials, service, action
 	req.Header.Set("X-TC-Timestamp", strconv.FormatInt(now.Unix(), 10))
 	req.Header.Set("X-TC-Token", creds.Token.Reveal())
 	req.Header.Set("X-TC-Language", "en-US")
+	req.Header.Set("User-Agent", "tkenode")
 	req.Header.Set("Authorization", authorization(creds, service, host, action, payload, now))
 	return req, nil
 }

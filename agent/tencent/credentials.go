@@ -66,7 +66,7 @@ func (m *Metadata) Credentials(ctx context.Context) (Credentials, error) {
 	case c.last != nil && now.Before(c.last.Expires):
 		slog.WarnContext(ctx, "credentials of the CAM role are not renewed", "expires", c.last.Expires, "err", err)
 	case err == nil:
-		return Credentials{}, node.Waiting("CredentialsExpired", "metadata service hands out credentials that expired at %s",
+		return Credentials{}, node.Waiting("CredentialsExpired", "metadata service hands out credentials that expired at %s, by the clock of this node",
 			fresh.Expires.UTC().Format(time.RFC3339))
 	default:
 		return Credentials{}, err

@@ -49,7 +49,7 @@ type verdict struct {
 // verdicts is searched from the top: an exact code stands before the code that
 // it refines. A code that is not listed is transient.
 // Source: the error codes that tencentcloud-sdk-go lists at each action
-// (vpc/v20170312/client.go, cbs/v20170312/client.go), and the common ones of
+// (vpc/v20170312/client.go, cvm/v20170312/client.go), and the common ones of
 // https://cloud.tencent.com/document/api/215/15693
 var verdicts = []verdict{
 	{"RequestLimitExceeded", node.ClassTransient, "Throttled", ""},
@@ -64,9 +64,6 @@ var verdicts = []verdict{
 	// What is already so, or no longer there, is seen by the next plan.
 	{"UnsupportedOperation.AttachmentAlreadyExists", node.ClassTransient, "AlreadyAttached", ""},
 	{"UnsupportedOperation.AttachmentNotFound", node.ClassTransient, "NotAttached", ""},
-	{"ResourceBusy", node.ClassTransient, "Busy", ""},
-	{"InvalidDisk.Busy", node.ClassTransient, "Busy", ""},
-	{"TradeDealConflict", node.ClassTransient, "Busy", ""},
 	// The credentials have rotated under the request; Client has dropped them.
 	{"AuthFailure.TokenFailure", node.ClassTransient, "CredentialsExpired", ""},
 	{"AuthFailure.InvalidSecretId", node.ClassTransient, "CredentialsExpired", ""},

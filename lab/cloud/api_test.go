@@ -59,7 +59,7 @@ func TestTampering(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := newLab(t, instant())
-			l.wire.change = c.change
+			l.wire.change, l.wire.seen = c.change, nil // what arrives is not what was asked
 			_, err := l.api.ENILimit(t.Context(), l.instance.ID)
 			if got := code(err); got != c.want {
 				t.Errorf("%s is changed: %v, want %s", name, err, c.want)

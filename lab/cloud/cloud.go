@@ -195,7 +195,9 @@ func New(config Config, h Hypervisor, f Fabric) (*Region, error) {
 
 // Close cuts every task off and waits for it. It leaves machines and ports alone.
 func (r *Region) Close() {
+	r.mu.Lock() // no task begins while the others are waited for
 	r.stop()
+	r.mu.Unlock()
 	r.running.Wait()
 }
 

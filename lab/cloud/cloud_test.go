@@ -162,7 +162,7 @@ func (m *machines) addrs(eni string) []netip.Addr {
 type direct struct {
 	handler http.Handler
 	remote  string // the source address
-	seen    func(req *http.Request, answer []byte)
+	seen    func(req *http.Request, params, answer []byte)
 	change  func(req *http.Request)
 }
 
@@ -171,9 +171,13 @@ func (d *direct) RoundTrip(req *http.Request) (resp *http.Response, err error) {
 	if req.Host == "" {
 		req.Host = req.URL.Host
 	}
-	if req.Body == nil {
-		req.Body = http.NoBody
+	var params []byte
+	if req.Body != nil {
+		if params, err = io.ReadAll(req.Body); err != nil {
+			return nil, err
+		}
 	}
+	req.Body = io.NopCloser(bytes.NewReader(params))
 	req.RemoteAddr = d.remote + ":40000"
 	if d.change != nil {
 		d.change(req)
@@ -192,7 +196,7 @@ func (d *direct) RoundTrip(req *http.Request) (resp *http.Response, err error) {
 	w := httptest.NewRecorder()
 	d.handler.ServeHTTP(w, req)
 	if d.seen != nil {
-		d.seen(req, bytes.Clone(w.Body.Bytes()))
+		d.seen(req, params, w.Body.Bytes())
 	}
 	return w.Result(), nil
 }
@@ -231,6 +235,7 @@ func newLab(t *testing.T, config cloud.Config) *lab {
 	l.metadata = tencent.NewMetadata(tencent.MetadataURL)
 	l.metadata.HTTP.Transport = &direct{handler: l.Metadata(), remote: source}
 	l.wire = &direct{handler: l.API(), remote: source}
+	l.wire.seen = func(req *http.Request, params, answer []byte) { checkFields(t, req, params, answer) }
 	l.api, err = tencent.NewClient(node.CloudConfig{APIDomain: config.Domain}, config.Region, l.metadata)
 	if err != nil {
 		t.Fatal(err)

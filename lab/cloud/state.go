@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"crypto/rand"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -158,6 +159,10 @@ func (t *table[T]) write(id string, v version[T]) {
 		history = history[1:]
 	}
 	t.rows[id] = history
+	maps.DeleteFunc(t.rows, func(_ string, h []version[T]) bool {
+		last := h[len(h)-1]
+		return last.gone && v.at.Sub(last.at) > remembered
+	})
 }
 
 // asOf lists the rows as they were, ordered by id.

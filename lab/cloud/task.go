@@ -35,12 +35,16 @@ type work struct {
 	done func(err error)
 }
 
-// begin starts work as the task of a request. The caller holds mu.
+// begin starts work as the task of a request, which never ends in a region that is
+// closed. The caller holds mu.
 func (r *Region) begin(id string, w work) {
 	t := &task{Action: w.action, Status: taskRunning, Began: time.Now()}
 	r.tasks[id] = t
 	for _, target := range w.target {
 		r.claimed[target] = true
+	}
+	if r.ctx.Err() != nil {
+		return
 	}
 	r.running.Go(func() {
 		select {
