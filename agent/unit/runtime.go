@@ -2,6 +2,7 @@ package unit
 
 import (
 	"archive/tar"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -198,13 +199,13 @@ func (r *Runtime) load(ctx context.Context, path string) error {
 	return nil
 }
 
-// archives lists the images in the archives of dir, by name of file.
+// archives lists the images in the archives of dir, smallest archive first: no
+// pod starts without the sandbox image, and there is none smaller.
 func archives(dir string) ([]archive, error) {
-	paths, err := filepath.Glob(filepath.Join(dir, "*.tar"))
+	paths, err := filepath.Glob(filepath.Join(dir, "[^.]*.tar")) // sorted
 	if err != nil {
 		return nil, err
 	}
-	slices.Sort(paths)
 	var all []archive
 	for _, path := range paths {
 		in, err := readArchive(path)
@@ -213,6 +214,7 @@ func archives(dir string) ([]archive, error) {
 		}
 		all = append(all, in...)
 	}
+	slices.SortStableFunc(all, func(a, b archive) int { return cmp.Compare(a.Size, b.Size) })
 	return all, nil
 }
 

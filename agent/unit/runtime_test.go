@@ -109,6 +109,7 @@ func TestArchives(t *testing.T) {
 	whole := tarball(t, "oci-layout", `{"imageLayoutVersion":"1.0.0"}`, "./index.json", index)
 	write("a.tar", whole)
 	write("README", []byte("not an archive"))
+	write(".a.tar", []byte("half written"))
 	got, err := archives(dir)
 	want := []archive{
 		{filepath.Join(dir, "a.tar"), int64(len(whole)), "localhost/tkenode/pause:v1", "sha256:aa"},
@@ -116,6 +117,10 @@ func TestArchives(t *testing.T) {
 	}
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("%+v, %v", got, err)
+	}
+	write("b.tar", tarball(t, "index.json", `{"manifests":[{"digest":"sha256:cc","annotations":{"org.opencontainers.image.ref.name":"small"}}]}`))
+	if got, err := archives(dir); err != nil || len(got) != 3 || got[0].Name != "small" {
+		t.Errorf("the smallest is not the first: %+v, %v", got, err)
 	}
 	for name, bad := range map[string][]byte{
 		"no index":  tarball(t, "oci-layout", "{}"),
