@@ -10,7 +10,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strconv"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -41,9 +40,11 @@ func (r record) encode() ([]byte, error) {
 	if len(text) > maxRecord {
 		return nil, fmt.Errorf("encode record: %d bytes, at most %d fit", len(text), maxRecord)
 	}
-	line := fmt.Appendf(nil, "%08x ", crc32.Checksum(text, castagnoli))
-	return append(append(line, text...), '\n'), nil
+	return append(append([]byte(checksum(text)), text...), '\n'), nil
 }
+
+// checksum returns what stands before the text in its line.
+func checksum(text []byte) string { return fmt.Sprintf("%08x ", crc32.Checksum(text, castagnoli)) }
 
 var errDamaged = errors.New("damaged")
 
@@ -53,8 +54,7 @@ func decode(line []byte) (record, error) {
 	if len(line) < 10 || line[8] != ' ' {
 		return r, errDamaged
 	}
-	sum, err := strconv.ParseUint(string(line[:8]), 16, 32)
-	if err != nil || uint32(sum) != crc32.Checksum(line[9:], castagnoli) {
+	if string(line[:9]) != checksum(line[9:]) {
 		return r, errDamaged
 	}
 	if err := json.Unmarshal(line[9:], &r); err != nil {

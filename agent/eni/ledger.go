@@ -162,6 +162,7 @@ type ledger struct {
 	mu      sync.Mutex // guards everything below
 	journal *journal   // nil until opened
 	now     state
+	version int // counts changes of now
 	used    map[netip.Addr]cni.Attachment
 	changed chan struct{} // closed and replaced at every change
 }
@@ -205,6 +206,7 @@ func (l *ledger) openIn(boot string) error {
 		return errors.Join(fmt.Errorf("rewrite ledger: %w", err), j.close())
 	}
 	l.journal, l.now, l.used = j, s, map[netip.Addr]cni.Attachment{}
+	l.version++
 	for key, p := range s.Pods {
 		l.used[p.Addr] = key
 	}
@@ -233,6 +235,7 @@ func (l *ledger) put(r record) error {
 		return err
 	}
 	l.now.apply(r)
+	l.version++
 	close(l.changed)
 	l.changed = make(chan struct{})
 	if full {
@@ -268,6 +271,19 @@ func (l *ledger) state() (state, error) {
 		return state{}, err
 	}
 	return l.now.clone(), nil
+}
+
+// since returns a copy and its version, or only the version if it is still that.
+func (l *ledger) since(version int) (state, int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.open(); err != nil {
+		return state{}, 0, err
+	}
+	if version == l.version {
+		return state{}, version, nil
+	}
+	return l.now.clone(), l.version, nil
 }
 
 // wait returns a channel that is closed at the next change.
@@ -320,10 +336,10 @@ func (l *ledger) allocate(p Pod, ready map[int]int, now time.Time) (Pod, shortag
 		return Pod{}, shortage{}, err
 	}
 	if old, ok := l.now.Pods[p.Attachment]; ok {
-		if old.NetNS == p.NetNS && old.MTU == p.MTU {
+		p.Addr, p.Slot, p.ENI, p.MTU, p.Since = old.Addr, old.Slot, old.ENI, old.MTU, old.Since
+		if p == old {
 			return old, shortage{}, nil
 		}
-		p.Addr, p.Slot, p.ENI, p.MTU, p.Since = old.Addr, old.Slot, old.ENI, old.MTU, old.Since
 		return p, shortage{}, l.put(record{Pod: &p})
 	}
 	var short shortage

@@ -27,8 +27,11 @@ type Paths struct {
 
 	mu    sync.Mutex // guards what changes the kernel, and everything below
 	hands *kernel
-	scene scene
+	scene scene       // as of the last plan
 	ready map[int]int // slots that pods can be given, and the MTU of their ENI
+	// wanted is what is wanted as of version wantedAt of the ledger, and scene.
+	wanted   map[string]string
+	wantedAt int
 
 	moves atomic.Int64 // odd while a pod is being wired; changes with every one
 }
@@ -160,7 +163,7 @@ func (p *Paths) files() []file {
 func (p *Paths) settle(s state, sc scene, converged bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.scene = sc
+	p.scene, p.wantedAt = sc, 0
 	before := maps.Clone(p.ready)
 	var waiting error
 	for _, slot := range s.slots() {
@@ -187,11 +190,12 @@ func (p *Paths) settle(s state, sc scene, converged bool) error {
 // Apply carries the plan out; each step takes the lock for itself.
 func (p *Paths) Apply(ctx context.Context, plan node.Plan) error { return plan.Apply(ctx) }
 
-// do carries one step out, if it is still what is wanted.
+// do carries one step out, if it is still what is wanted: the ledger may have
+// moved on, which has woken the module.
 func (p *Paths) do(st step) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s, err := p.network.ledger.state()
+	wanted, err := p.wantedNow()
 	if err != nil {
 		return err
 	}
@@ -200,20 +204,39 @@ func (p *Paths) do(st step) error {
 		return err
 	}
 	defer k.leave()
-	var wanted object
-	for _, o := range desired(s, p.scene) {
-		if o.key() == st.object.key() {
-			wanted = o
-			break
-		}
-	}
+	attr, ok := wanted[st.object.key()]
 	switch {
-	case st.drop && wanted == nil:
+	case st.drop && !ok:
 		return st.object.(removable).drop(k)
-	case !st.drop && wanted != nil && wanted.attr() == st.object.attr():
+	case !st.drop && ok && attr == st.object.attr():
 		return st.object.put(k)
 	}
-	return nil // the ledger has moved on, which has woken the module
+	return nil
+}
+
+// wantedNow returns what is wanted, by key, as of the ledger now and the kernel's
+// links when they were last looked at. A pod that is newer than that is taken to
+// be wired, so that nothing of it is removed. The caller holds mu.
+func (p *Paths) wantedNow() (map[string]string, error) {
+	s, version, err := p.network.ledger.since(p.wantedAt)
+	if err != nil {
+		return nil, err
+	}
+	if version == p.wantedAt {
+		return p.wanted, nil
+	}
+	sc := p.scene
+	sc.wired = maps.Clone(sc.wired)
+	for key := range s.Pods {
+		if !sc.alive[key] {
+			sc.wired[key] = true
+		}
+	}
+	p.wanted, p.wantedAt = map[string]string{}, version
+	for _, o := range desired(s, sc) {
+		p.wanted[o.key()] = o.attr()
+	}
+	return p.wanted, nil
 }
 
 // writer returns the handle for changes. The caller holds mu.

@@ -71,6 +71,7 @@ func (n *Network) serve(ctx context.Context, l net.Listener, uid uint32) error {
 // answer serves one call. It stops waiting when the caller hangs up, and hangs up
 // without an answer when ctx ends: the plugin then asks the next agent.
 func (n *Network) answer(ctx context.Context, conn net.Conn, uid uint32) error {
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	if err := authorize(conn, uid); err != nil {
 		return err
 	}

@@ -1,0 +1,287 @@
+package eni
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/tools/txtar"
+
+	"github.com/tkenode/tkenode/agent/eni/cni"
+	"github.com/tkenode/tkenode/agent/node"
+	"github.com/tkenode/tkenode/agent/tencent"
+)
+
+var update = flag.Bool("update", false, "write the golden plans anew")
+
+// golden runs every case that matches the pattern: it decodes the first file of
+// each into c and compares what plan makes of it, and of the files between, with
+// the last file.
+func golden[C any](t *testing.T, pattern string, plan func(c C, a *txtar.Archive) string) {
+	files, err := filepath.Glob(pattern)
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no test cases %s: %v", pattern, err)
+	}
+	for _, path := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(path), ".txtar"), func(t *testing.T) {
+			a, err := txtar.ParseFile(path)
+			if err != nil || len(a.Files) < 2 {
+				t.Fatalf("%d files: %v", len(a.Files), err)
+			}
+			var c C
+			d := json.NewDecoder(bytes.NewReader(a.Files[0].Data))
+			d.DisallowUnknownFields()
+			if err := d.Decode(&c); err != nil {
+				t.Fatal(err)
+			}
+			got, last := plan(c, a), &a.Files[len(a.Files)-1]
+			if *update {
+				last.Data = []byte(got)
+				if err := os.WriteFile(path, txtar.Format(a), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if want := string(last.Data); got != want {
+				t.Errorf("got:\n%swant:\n%s", got, want)
+			}
+		})
+	}
+}
+
+// pathsCase is what the paths know before they look at the kernel.
+type pathsCase struct {
+	Slots   []Slot            `json:"slots"`
+	Pods    []Pod             `json:"pods"`
+	Devices map[string]string `json:"devices"` // MAC to name
+	Wired   []string          `json:"wired"`   // containers whose veth is there
+	Alive   []string          `json:"alive"`   // containers whose network namespace is there
+}
+
+func (c pathsCase) want() []object {
+	s := newState()
+	for _, slot := range c.Slots {
+		s.Slots[slot.Number] = slot
+	}
+	sc := scene{
+		devices: map[string]device{}, wired: map[cni.Attachment]bool{}, alive: map[cni.Attachment]bool{},
+		files: []file{{"/etc/cni/net.d/10-tke-eni.conflist", "{}"}}, primary: "52:54:00:00:00:01",
+	}
+	for mac, name := range c.Devices {
+		sc.devices[mac] = device{name: name, mtu: 1500}
+	}
+	for _, p := range c.Pods {
+		s.Pods[p.Attachment] = p
+		sc.wired[p.Attachment] = slices.Contains(c.Wired, p.ContainerID)
+		sc.alive[p.Attachment] = slices.Contains(c.Alive, p.ContainerID)
+	}
+	return desired(s, sc)
+}
+
+// line is an object that was found, as its text.
+type line struct{ k, a string }
+
+func (o line) key() string       { return o.k }
+func (o line) attr() string      { return o.a }
+func (o line) put(*kernel) error { return nil }
+
+// ownLine is one that is ours alone.
+type ownLine struct{ line }
+
+func (o ownLine) drop(*kernel) error { return nil }
+
+func parse(text string) (have []object) {
+	for l := range strings.Lines(text) {
+		l = strings.TrimSuffix(l, "\n")
+		var o line
+		o.k, o.a, _ = strings.Cut(l, ": ")
+		kind, _, _ := strings.Cut(l, " ")
+		switch kind {
+		case "sysctl", "link", "address", "file":
+			have = append(have, o)
+		default:
+			have = append(have, ownLine{o})
+		}
+	}
+	return have
+}
+
+// TestPathsPlan compares the plan for a ledger and what was found in the kernel
+// with the golden text.
+func TestPathsPlan(t *testing.T) {
+	golden(t, "testdata/paths-*.txtar", func(c pathsCase, a *txtar.Archive) string {
+		var b strings.Builder
+		for _, s := range diff(c.want(), parse(string(a.Files[1].Data))) {
+			fmt.Fprintln(&b, s.text)
+		}
+		if b.Len() == 0 {
+			return "nothing to do\n"
+		}
+		return b.String()
+	})
+}
+
+// TestPathsPlanLeadsThere plans from the kernel of one random ledger to that of
+// another, follows the steps, and finds nothing left to do.
+func TestPathsPlanLeadsThere(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	for range 100 {
+		want := randomCase(r).want()
+		kernel := map[string]string{}
+		for _, o := range randomCase(r).want() {
+			if r.IntN(4) > 0 {
+				kernel[o.key()] = o.attr()
+			}
+		}
+		for _, s := range diff(want, found(kernel)) {
+			if s.drop {
+				delete(kernel, s.object.key())
+			} else {
+				kernel[s.object.key()] = s.object.attr()
+			}
+		}
+		if left := diff(want, found(kernel)); len(left) > 0 {
+			t.Fatalf("%d steps left, the first: %s", len(left), left[0].text)
+		}
+		for _, o := range want {
+			if kernel[o.key()] != o.attr() {
+				t.Fatalf("%s is %q", text(o), kernel[o.key()])
+			}
+		}
+	}
+}
+
+func found(kernel map[string]string) []object {
+	var b strings.Builder
+	for _, k := range slices.Sorted(maps.Keys(kernel)) {
+		fmt.Fprintf(&b, "%s: %s\n", k, kernel[k])
+	}
+	return parse(b.String())
+}
+
+func randomCase(r *rand.Rand) pathsCase {
+	c := pathsCase{Devices: map[string]string{"52:54:00:00:00:01": "eth0"}}
+	for i := range r.IntN(3) {
+		slot := Slot{
+			Number: i, ENI: fmt.Sprintf("eni-%d", r.IntN(4)), MAC: fmt.Sprintf("52:54:00:00:01:0%d", i), Subnet: netip.MustParsePrefix("10.0.16.0/20"),
+			Primary: netip.AddrFrom4([4]byte{10, 0, 16, byte(10 + i)}),
+		}
+		c.Slots = append(c.Slots, slot)
+		if r.IntN(4) > 0 {
+			c.Devices[slot.MAC] = fmt.Sprintf("eth%d", 1+r.IntN(4))
+		}
+	}
+	for i := range r.IntN(20) {
+		p := Pod{
+			Attachment: cni.Attachment{ContainerID: fmt.Sprintf("c%d", r.IntN(30)), IfName: "eth0"}, Namespace: "default", Name: fmt.Sprintf("pod-%d", i),
+			Addr: netip.AddrFrom4([4]byte{10, 0, 17, byte(i)}), Slot: r.IntN(3), MTU: 1500,
+		}
+		c.Pods = append(c.Pods, p)
+		switch r.IntN(3) {
+		case 0:
+			c.Wired = append(c.Wired, p.ContainerID)
+		case 1:
+			c.Alive = append(c.Alive, p.ContainerID)
+		}
+	}
+	return c
+}
+
+func TestVethNames(t *testing.T) {
+	key := cni.Attachment{ContainerID: "0123456789abcdef", IfName: "eth0"}
+	name, hostMAC, podMAC := vethOf(key)
+	if len(name) != 14 || !strings.HasPrefix(name, "eni") || !spells(name, hostMAC) {
+		t.Errorf("name %s, MAC %s", name, hostMAC)
+	}
+	if spells(name, podMAC) || spells("eni0123456789a", hostMAC) || spells("eth0", hostMAC) || spells(name, "") {
+		t.Error("another link is taken for ours")
+	}
+	other, _, _ := vethOf(cni.Attachment{ContainerID: key.ContainerID, IfName: "eth1"})
+	if other == name {
+		t.Error("two interfaces of a container have one name")
+	}
+	p := Pod{Attachment: key, Namespace: "kube-system", Name: strings.Repeat("n", 253), Addr: netip.MustParseAddr("10.0.16.5")}
+	if a := alias(p); len(a) > 255 || len(strings.Fields(a)) != 6 {
+		t.Errorf("alias %q", a)
+	}
+}
+
+// poolCase is what the pool knows.
+type poolCase struct {
+	IPsPerENI int           `json:"ipsPerENI"`
+	Slots     []Slot        `json:"slots"`
+	Pods      []Pod         `json:"pods"`
+	ENIs      []tencent.ENI `json:"enis"`
+	Missing   string        `json:"missing"` // how long the ledger's ENI has not been seen
+}
+
+// TestPoolPlan compares the plan for a ledger and what the cloud says with the
+// golden text. The time is 2026-11-23 12:00:00 UTC.
+func TestPoolPlan(t *testing.T) {
+	golden(t, "testdata/pool-*.txtar", func(c poolCase, _ *txtar.Archive) string {
+		now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
+		s := newState()
+		for _, slot := range c.Slots {
+			s.Slots[slot.Number] = slot
+		}
+		for _, p := range c.Pods {
+			s.Pods[p.Attachment] = p
+		}
+		want := poolWant{cluster: "cls-lab00001", facts: node.Facts{InstanceID: "ins-00000001", VPCID: "vpc-lab00001"}}
+		want.network = node.NetworkConfig{SubnetIDs: []string{"subnet-pods0001"}, SecurityGroupIDs: []string{"sg-lab00001"}, ENIs: 1, IPsPerENI: c.IPsPerENI}
+		view := cloudView{
+			enis: c.ENIs, now: now, missing: map[string]time.Time{},
+			subnets: map[string]tencent.Subnet{"subnet-pods0001": {ID: "subnet-pods0001", CIDR: netip.MustParsePrefix("10.0.16.0/20")}},
+		}
+		if since, err := time.ParseDuration(c.Missing); err == nil {
+			view.missing[c.Slots[0].ENI] = now.Add(-since)
+		}
+		steps, err := planPool(want, s, view)
+		var b strings.Builder
+		for _, st := range steps {
+			fmt.Fprintln(&b, st.text)
+		}
+		if err != nil {
+			fmt.Fprintf(&b, "%s %s: %v\n", node.ClassOf(err), node.ReasonOf(err, "-"), err)
+		}
+		if b.Len() == 0 {
+			return "nothing to do\n"
+		}
+		return b.String()
+	})
+}
+
+// TestTokens holds that a repeated creation has its token, and nothing else has.
+func TestTokens(t *testing.T) {
+	want, now := poolWant{facts: node.Facts{InstanceID: "ins-00000001"}}, time.Now()
+	var slot Slot
+	slot.intend(stepCreate, now)
+	first := want.token(slot, stepCreate)
+	slot.intend(stepCreate, now.Add(time.Minute))
+	if again := want.token(slot, stepCreate); again != first || len(first) > 64 {
+		t.Errorf("repeated creation has token %s after %s", again, first)
+	}
+	seen := map[string]bool{first: true}
+	for _, step := range []Step{stepAttach, stepAttach, stepAssign, stepAssign, stepCreate} {
+		slot.intend(step, now)
+		token := want.token(slot, step)
+		if seen[token] {
+			t.Errorf("%s has the token of another call", step)
+		}
+		seen[token] = true
+	}
+	slot = Slot{Generation: 1}
+	slot.intend(stepCreate, now)
+	if seen[want.token(slot, stepCreate)] {
+		t.Error("the second ENI of a slot has a token of the first")
+	}
+}

@@ -1,0 +1,369 @@
+package eni
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/tkenode/tkenode/agent/node"
+	"github.com/tkenode/tkenode/agent/tencent"
+	"github.com/tkenode/tkenode/lab/cloud"
+)
+
+// idle is a hypervisor and a fabric: nothing here looks at packets or devices.
+type idle struct{}
+
+func (idle) Run(context.Context, cloud.Machine) error             { return nil }
+func (idle) Destroy(context.Context, string) error                { return nil }
+func (idle) PlugNIC(context.Context, string, cloud.NIC) error     { return nil }
+func (idle) UnplugNIC(context.Context, string, string) error      { return nil }
+func (idle) PlugDisk(context.Context, string, cloud.Volume) error { return nil }
+func (idle) UnplugDisk(context.Context, string, string) error     { return nil }
+func (idle) Attach(cloud.Port) error                              { return nil }
+func (idle) SetAddrs(string, []netip.Addr) error                  { return nil }
+func (idle) Detach(string) error                                  { return nil }
+
+// direct calls the lab's cloud in place, so that tests run in a synctest bubble.
+type direct struct {
+	handler http.Handler
+	remote  string
+}
+
+func (d direct) RoundTrip(req *http.Request) (resp *http.Response, err error) {
+	req = req.Clone(req.Context())
+	req.Host, req.RemoteAddr = req.URL.Host, d.remote+":40000"
+	if req.Body == nil {
+		req.Body = http.NoBody
+	}
+	defer func() {
+		if v := recover(); v == http.ErrAbortHandler {
+			err = io.ErrUnexpectedEOF // the cloud has hung up
+		} else if v != nil {
+			panic(v)
+		}
+	}()
+	w := httptest.NewRecorder()
+	d.handler.ServeHTTP(w, req)
+	return w.Result(), nil
+}
+
+// poolNode is an instance of the lab's region, seen by the pool.
+type poolNode struct {
+	t      *testing.T
+	region *cloud.Region
+	api    *tencent.Client
+	sealed node.Sealed
+	dir    string
+	net    *Network
+	cloud  Cloud // what the pool is given
+}
+
+func newPoolNode(t *testing.T) *poolNode {
+	config := cloud.Default()
+	config.Log = slog.New(slog.DiscardHandler)
+	region, err := cloud.New(config, idle{}, idle{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(region.Close)
+	in, err := region.Launch(t.Context(), cloud.InstanceSpec{UserData: []byte("kind: NodeConfig\n")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	metadata := tencent.NewMetadata(tencent.MetadataURL)
+	metadata.HTTP.Transport = direct{region.Metadata(), in.PrivateIP.String()}
+	api, err := tencent.NewClient(node.CloudConfig{APIDomain: config.Domain}, config.Region, metadata)
+	if err != nil {
+		t.Fatal(err)
+	}
+	api.HTTP.Transport = direct{region.API(), in.PrivateIP.String()}
+	n := &poolNode{t: t, region: region, api: api, cloud: api, dir: t.TempDir()}
+	n.sealed.Facts = node.Facts{InstanceID: in.ID, VPCID: config.VPCID}
+	n.sealed.Config.Cluster.ID = "cls-lab00001"
+	n.sealed.Config.Network = node.NetworkConfig{SubnetIDs: []string{"subnet-pods0001"}, SecurityGroupIDs: []string{"sg-lab00001"}, ENIs: 1, IPsPerENI: 8}
+	n.start()
+	t.Cleanup(func() { n.net.Close() })
+	return n
+}
+
+func (n *poolNode) start() {
+	n.net = New(Options{
+		Sealed: func() (node.Sealed, bool) { return n.sealed, true }, Cloud: n.cloud, Dir: n.dir,
+		Log: slog.New(slog.NewTextHandler(n.t.Output(), nil)),
+	})
+}
+
+func (n *poolNode) restart() {
+	if err := n.net.Close(); err != nil {
+		n.t.Fatal(err)
+	}
+	n.start()
+}
+
+// run does what the engine does until the pool has converged, a terminal error
+// stands in the way, or the time is over. It returns everything that was applied,
+// and the last error.
+func (n *poolNode) run(limit time.Duration) (applied []string, err error) {
+	n.t.Helper()
+	end := time.Now().Add(limit)
+	for time.Now().Before(end) {
+		var plan node.Plan
+		plan, err = n.net.Pool().Plan(n.t.Context())
+		if err == nil && plan.Empty() {
+			return applied, nil
+		}
+		if err == nil {
+			for _, c := range plan.Changes {
+				applied = append(applied, c.Text)
+			}
+			err = n.net.Pool().Apply(n.t.Context(), plan)
+		}
+		switch {
+		case errors.Is(err, errKilled) || node.ClassOf(err) == node.ClassTerminal && err != nil:
+			return applied, err
+		case err != nil:
+			time.Sleep(time.Second)
+		}
+	}
+	return applied, fmt.Errorf("not converged after %s: %w", limit, err)
+}
+
+// holds checks that the cloud has one secondary ENI with so many addresses, that
+// it is attached, and that the pool uses exactly those.
+func (n *poolNode) holds(addresses int) {
+	n.t.Helper()
+	var secondary []cloud.ENI
+	for _, e := range n.region.Snapshot().ENIs {
+		if !e.Primary {
+			secondary = append(secondary, e)
+		}
+	}
+	if len(secondary) != 1 || secondary[0].Instance != n.sealed.Facts.InstanceID || len(secondary[0].IPs) != addresses+1 {
+		n.t.Fatalf("secondary ENIs: %+v; want one, attached, with %d addresses", secondary, addresses)
+	}
+	s, err := n.net.ledger.state()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	slot := s.Slots[0]
+	if slot.ENI != secondary[0].ID || slot.Primary != secondary[0].IPs[0].Addr || len(slot.Addrs) != addresses || slot.Intent != "" {
+		n.t.Fatalf("slot %+v; the ENI is %+v", slot, secondary[0])
+	}
+}
+
+func TestPoolConverges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newPoolNode(t)
+		began := time.Now()
+		applied, err := n.run(time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("after %s:\n%s", time.Since(began), strings.Join(applied, "\n"))
+		n.holds(8)
+		if took := time.Since(began); took > 12*time.Second {
+			t.Errorf("took %s with the lab's delays", took)
+		}
+
+		n.sealed.Config.Network.IPsPerENI = 9
+		if _, err := n.run(time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		n.holds(9)
+		n.restart()
+		if applied, err := n.run(time.Minute); err != nil || len(applied) != 0 {
+			t.Errorf("after a restart: %v, applied %q", err, applied)
+		}
+		calls := n.region.Snapshot().Calls
+		if calls["vpc:CreateNetworkInterface"] != 1 || calls["vpc:AttachNetworkInterface"] != 1 || calls["vpc:AssignPrivateIpAddresses"] != 1 {
+			t.Errorf("calls: %v", calls)
+		}
+	})
+}
+
+var errKilled = errors.New("killed")
+
+// killer kills the agent at the nth mutating call, before or after it.
+type killer struct {
+	Cloud
+	at    int
+	after bool
+	calls int
+}
+
+func (k *killer) call(f func() error) error {
+	k.calls++
+	if k.calls != k.at {
+		return f()
+	}
+	if k.after {
+		f()
+	}
+	return errKilled
+}
+
+func (k *killer) CreateENI(ctx context.Context, spec tencent.ENISpec) (e tencent.ENI, task string, err error) {
+	err = k.call(func() error { e, task, err = k.Cloud.CreateENI(ctx, spec); return err })
+	return e, task, err
+}
+
+func (k *killer) AttachENI(ctx context.Context, eni, instance, token string) (task string, err error) {
+	err = k.call(func() error { task, err = k.Cloud.AttachENI(ctx, eni, instance, token); return err })
+	return task, err
+}
+
+func (k *killer) AssignIPs(ctx context.Context, eni string, count int, token string) (ips []tencent.IP, task string, err error) {
+	err = k.call(func() error { ips, task, err = k.Cloud.AssignIPs(ctx, eni, count, token); return err })
+	return ips, task, err
+}
+
+// TestPoolSurvivesKills kills the agent before and after every call, with the
+// ledger and without it; there is one ENI in the end.
+func TestPoolSurvivesKills(t *testing.T) {
+	for at := 1; at <= 3; at++ {
+		for _, after := range []bool{false, true} {
+			for _, lost := range []bool{false, true} {
+				t.Run(fmt.Sprintf("call=%d,after=%v,ledger lost=%v", at, after, lost), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						n := newPoolNode(t)
+						n.net.pool.cloud = &killer{Cloud: n.api, at: at, after: after}
+						_, err := n.run(time.Minute)
+						if at == 3 {
+							if err != nil {
+								t.Fatal(err)
+							}
+							n.takeAddress()
+							_, err = n.run(3 * time.Minute)
+						}
+						if !errors.Is(err, errKilled) {
+							t.Fatalf("not killed: %v", err)
+						}
+						if lost {
+							time.Sleep(3 * time.Second) // as long as the cloud shows nothing, nobody can know
+							n.net.Close()
+							if err := os.RemoveAll(n.dir); err != nil {
+								t.Fatal(err)
+							}
+						}
+						n.restart()
+						if _, err := n.run(2 * time.Minute); err != nil {
+							t.Fatal(err)
+						}
+						n.holds(8)
+					})
+				})
+			}
+		}
+	}
+}
+
+// takeAddress takes an address of the ENI away, behind the pool's back.
+func (n *poolNode) takeAddress() {
+	n.t.Helper()
+	s, err := n.net.ledger.state()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	slot := s.Slots[0]
+	if _, err := n.api.UnassignIPs(n.t.Context(), slot.ENI, slot.Addrs[:1]); err != nil {
+		n.t.Fatal(err)
+	}
+	time.Sleep(5 * time.Second)
+}
+
+// TestPoolFaults makes the cloud refuse and hang up; the pool says why, and gets
+// there when the cloud does.
+func TestPoolFaults(t *testing.T) {
+	for _, f := range []struct {
+		name  string
+		fault cloud.Fault
+		want  string // of the error while the fault lasts
+	}{
+		{"throttled", cloud.Fault{Action: "vpc:CreateNetworkInterface", Code: "RequestLimitExceeded", Times: 3}, "transient Throttled"},
+		{"subnet exhausted", cloud.Fault{Action: "vpc:CreateNetworkInterface", Code: "ResourceInsufficient.Subnet", Times: 3}, "waiting SubnetExhausted"},
+		{"unauthorized", cloud.Fault{Action: "vpc:CreateNetworkInterface", Code: "UnauthorizedOperation", Times: 1}, "terminal Unauthorized"},
+		{"attach mutex", cloud.Fault{Action: "vpc:AttachNetworkInterface", Code: tencent.CodeMutexTaskRunning, Times: 3}, "waiting TaskRunning"},
+		{"describe fails", cloud.Fault{Action: "vpc:DescribeNetworkInterfaces", Code: "InternalError", Times: 3}, "transient"},
+		{"creation's answer lost", cloud.Fault{Action: "vpc:CreateNetworkInterface", Drop: true}, "transient"},
+		{"attachment's answer lost", cloud.Fault{Action: "vpc:AttachNetworkInterface", Drop: true}, "transient"},
+		{"creation fails inside", cloud.Fault{Action: "vpc:CreateNetworkInterface", Code: "InternalError"}, "transient"},
+	} {
+		t.Run(f.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := newPoolNode(t)
+				n.region.Inject(f.fault)
+				var seen []string
+				for range 120 {
+					_, err := n.run(time.Millisecond)
+					if err == nil {
+						break
+					}
+					seen = append(seen, node.ClassOf(err).String()+" "+node.ReasonOf(err, ""))
+				}
+				if !strings.Contains(strings.Join(seen, ","), f.want) {
+					t.Errorf("errors %q, want %q among them", seen, f.want)
+				}
+				if _, err := n.run(time.Minute); err != nil {
+					t.Fatal(err)
+				}
+				n.holds(8)
+			})
+		})
+	}
+}
+
+// TestPoolFollowsTheCloud changes the cloud behind the pool's back.
+func TestPoolFollowsTheCloud(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newPoolNode(t)
+		if _, err := n.run(time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		n.takeAddress()
+		applied, err := n.run(time.Minute)
+		if err != nil || !strings.HasPrefix(applied[0], "stop using address") {
+			t.Fatalf("%v, applied %q", err, applied)
+		}
+		n.holds(8)
+
+		s, _ := n.net.ledger.state()
+		first := s.Slots[0].ENI
+		if _, err := n.api.DetachENI(t.Context(), first, n.sealed.Facts.InstanceID, "out"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Second)
+		if _, err := n.run(time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		n.holds(8)
+		if s, _ = n.net.ledger.state(); s.Slots[0].ENI != first {
+			t.Errorf("%s was detached, and %s attached", first, s.Slots[0].ENI)
+		}
+
+		if _, err := n.api.DetachENI(t.Context(), first, n.sealed.Facts.InstanceID, "out again"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Second)
+		if _, err := n.api.DeleteENI(t.Context(), first); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Second)
+		if _, err := n.run(2 * time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		n.holds(8)
+		if s, _ = n.net.ledger.state(); s.Slots[0].ENI == first || s.Slots[0].Generation != 1 {
+			t.Errorf("slot %+v", s.Slots[0])
+		}
+	})
+}

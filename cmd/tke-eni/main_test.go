@@ -1,0 +1,187 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tkenode/tkenode/agent/eni/cni"
+)
+
+const conf = `{"cniVersion":"1.1.0","name":"tke-eni","type":"tke-eni"}`
+
+// testCall is one call of the plugin.
+type testCall struct {
+	env  map[string]string
+	conf string
+}
+
+// run runs the call against a socket and returns what is printed.
+func (c testCall) run(t *testing.T, socket string, limit time.Duration) (string, int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	var out bytes.Buffer
+	p := plugin{env: func(k string) string { return c.env[k] }, socket: socket, configured: filepath.Join(filepath.Dir(socket), "configured")}
+	code := p.run(ctx, strings.NewReader(c.conf), &out)
+	return strings.TrimSpace(out.String()), code
+}
+
+func env(command string) map[string]string {
+	return map[string]string{
+		"CNI_COMMAND": command, "CNI_CONTAINERID": "c0ffee", "CNI_IFNAME": "eth0", "CNI_NETNS": "/run/netns/a",
+		"CNI_ARGS": "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web;junk;K8S_POD_UID=1",
+	}
+}
+
+// agent answers calls: each with the next of answers, or with nothing.
+func agent(t *testing.T, answers ...string) (socket string, requests chan cni.Request) {
+	socket = filepath.Join(t.TempDir(), "cni.sock")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	requests = make(chan cni.Request, len(answers))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for _, a := range answers {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			var req cni.Request
+			if err := cni.Read(conn, cni.MaxRequest, &req); err == nil {
+				requests <- req
+			}
+			conn.Write([]byte(a))
+			conn.Close()
+		}
+	}()
+	t.Cleanup(func() {
+		l.Close()
+		<-done
+	})
+	return socket, requests
+}
+
+const added = `{"result":{"hostName":"eni0","hostMAC":"0a:00:00:00:00:01","mac":"0e:00:00:00:00:01","addr":"10.0.16.5/32","gateway":"169.254.1.1","mtu":1500}}`
+
+func TestAdd(t *testing.T) {
+	for version, want := range map[string]string{
+		"0.3.1": `{"cniVersion":"0.3.1","interfaces":[{"name":"eni0","mac":"0a:00:00:00:00:01"},{"name":"eth0","mac":"0e:00:00:00:00:01","sandbox":"/run/netns/a"}],"ips":[{"version":"4","address":"10.0.16.5/32","gateway":"169.254.1.1","interface":1}],"routes":[{"dst":"0.0.0.0/0","gw":"169.254.1.1"}],"dns":{}}`,
+		"1.0.0": `{"cniVersion":"1.0.0","interfaces":[{"name":"eni0","mac":"0a:00:00:00:00:01"},{"name":"eth0","mac":"0e:00:00:00:00:01","sandbox":"/run/netns/a"}],"ips":[{"address":"10.0.16.5/32","gateway":"169.254.1.1","interface":1}],"routes":[{"dst":"0.0.0.0/0","gw":"169.254.1.1"}],"dns":{}}`,
+		"1.1.0": `{"cniVersion":"1.1.0","interfaces":[{"name":"eni0","mac":"0a:00:00:00:00:01","mtu":1500},{"name":"eth0","mac":"0e:00:00:00:00:01","mtu":1500,"sandbox":"/run/netns/a"}],"ips":[{"address":"10.0.16.5/32","gateway":"169.254.1.1","interface":1}],"routes":[{"dst":"0.0.0.0/0","gw":"169.254.1.1"}],"dns":{}}`,
+	} {
+		socket, requests := agent(t, added)
+		got, code := testCall{env("ADD"), strings.ReplaceAll(conf, "1.1.0", version)}.run(t, socket, 5*time.Second)
+		if got != want || code != 0 {
+			t.Errorf("%s: exit status %d:\n%s\nwant\n%s", version, code, got, want)
+		}
+		if req := <-requests; req.PodName != "web" || req.PodNamespace != "default" || req.NetNS != "/run/netns/a" || req.ContainerID != "c0ffee" {
+			t.Errorf("request %+v", req)
+		}
+	}
+}
+
+// TestAgentRestarts holds that a call survives an agent that goes away before it
+// has read the request, and one that goes away before it has answered.
+func TestAgentRestarts(t *testing.T) {
+	socket, _ := agent(t, "", `{"resu`, added)
+	got, code := testCall{env("ADD"), conf}.run(t, socket, 5*time.Second)
+	if code != 0 || !strings.Contains(got, "10.0.16.5/32") {
+		t.Errorf("exit status %d: %s", code, got)
+	}
+}
+
+func TestNoAgent(t *testing.T) {
+	got, code := testCall{env("DEL"), conf}.run(t, filepath.Join(t.TempDir(), "cni.sock"), 200*time.Millisecond)
+	if code != 1 || !strings.Contains(got, `"code":11`) || !strings.Contains(got, "systemctl status tkenode-agent") {
+		t.Errorf("exit status %d: %s", code, got)
+	}
+}
+
+func TestErrors(t *testing.T) {
+	check := `{"cniVersion":"1.1.0","name":"tke-eni","prevResult":{"ips":[{"address":"10.0.16.5/32"}]}}`
+	for _, c := range []struct {
+		name, command, conf, answer, want string
+	}{
+		{"agent's error", "ADD", conf, `{"error":{"code":11,"msg":"no free VPC address","details":"8 of 8 addresses in use"}}`,
+			`{"cniVersion":"1.1.0","code":11,"msg":"no free VPC address","details":"8 of 8 addresses in use"}`},
+		{"drift", "CHECK", check, `{"error":{"code":101,"msg":"drift"}}`, `{"cniVersion":"1.1.0","code":101,"msg":"drift"}`},
+		{"no JSON", "ADD", "{", "", `"code":6`},
+		{"wrong type", "ADD", `{"cniVersion":1}`, "", `"code":6`},
+		{"too long", "ADD", `{"name":"` + strings.Repeat("x", maxConfig) + `"}`, "", `longer than 1048576 bytes`},
+		{"old version", "ADD", `{"cniVersion":"0.2.0","name":"n"}`, "", `"code":1,`},
+		{"new version", "ADD", `{"cniVersion":"2.0.0","name":"n"}`, "", `"code":1,`},
+		{"no name", "ADD", `{"cniVersion":"1.1.0"}`, "", `"code":7,`},
+		{"CHECK in 0.3.1", "CHECK", `{"cniVersion":"0.3.1","name":"n"}`, "", "CHECK needs cniVersion 0.4.0"},
+		{"GC in 1.0.0", "GC", `{"cniVersion":"1.0.0","name":"n"}`, "", "GC needs cniVersion 1.1.0"},
+		{"GC without a list", "GC", conf, "", `"code":7`},
+		{"CHECK without prevResult", "CHECK", conf, "", `"code":7`},
+		{"unknown command", "RUN", conf, "", `"code":4`},
+		{"not configured", "STATUS", conf, "", `"code":50`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			socket, _ := agent(t, c.answer)
+			got, code := testCall{env(c.command), c.conf}.run(t, socket, 5*time.Second)
+			if code != 1 || !strings.Contains(got, c.want) {
+				t.Errorf("exit status %d: %.300s\nwant %s in it", code, got, c.want)
+			}
+		})
+	}
+}
+
+func TestWithoutResult(t *testing.T) {
+	gc := `{"cniVersion":"1.1.0","name":"tke-eni","cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"}]}`
+	check := `{"cniVersion":"1.1.0","name":"tke-eni","prevResult":{"ips":[{"address":"10.0.16.5/32"}]}}`
+	for command, conf := range map[string]string{"DEL": conf, "CHECK": check, "GC": gc} {
+		socket, requests := agent(t, "{}")
+		if got, code := (testCall{env(command), conf}).run(t, socket, 5*time.Second); got != "" || code != 0 {
+			t.Errorf("%s: exit status %d: %s", command, code, got)
+		}
+		req := <-requests
+		if command == "CHECK" && (len(req.Addrs) != 1 || req.Addrs[0] != netip.MustParseAddr("10.0.16.5")) || command == "GC" && len(req.Valid) != 1 {
+			t.Errorf("%s: request %+v", command, req)
+		}
+	}
+}
+
+// TestStatus holds that STATUS asks nobody: there is no agent here.
+func TestStatus(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "configured"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if got, code := (testCall{env("STATUS"), conf}).run(t, filepath.Join(dir, "cni.sock"), time.Second); got != "" || code != 0 {
+		t.Errorf("exit status %d: %s", code, got)
+	}
+}
+
+func TestVersion(t *testing.T) {
+	got, code := testCall{env("VERSION"), ""}.run(t, "/nowhere", time.Second)
+	if want := `{"cniVersion":"1.1.0","supportedVersions":["0.3.1","0.4.0","1.0.0","1.1.0"]}`; got != want || code != 0 {
+		t.Errorf("exit status %d: %s", code, got)
+	}
+}
+
+func FuzzConfig(f *testing.F) {
+	f.Add([]byte(conf), "ADD", "K8S_POD_NAME=a")
+	f.Fuzz(func(t *testing.T, b []byte, command, arguments string) {
+		var c config
+		if json.Unmarshal(b, &c) != nil || c.check(command) != nil {
+			return
+		}
+		p := plugin{env: func(string) string { return arguments }}
+		if req, err := p.request(cni.Command(command), c); err == nil && command == "GC" && req.Valid == nil {
+			t.Error("GC of everything without a list")
+		}
+	})
+}
