@@ -103,3 +103,6 @@ func (v *validator) labelValue(field, value string) {
 		v.problem(field, "%s is not a value of Kubernetes: at most 63 letters, digits, - _ or . with a letter or digit at both ends", quote(value))
 	}
 }
+
+// IsNodeName reports whether a Node can be called name.
+func IsNodeName(name string) bool { return isSubdomain(name) }
