@@ -53,7 +53,7 @@ func (d *Disk) Plan(ctx context.Context) (node.Plan, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var p node.Plan
-	have, err := d.observe(ctx)
+	have, err := d.observe(ctx, true)
 	if err != nil {
 		return p, err
 	}
@@ -74,9 +74,12 @@ func (d *Disk) Apply(ctx context.Context, p node.Plan) error {
 // do carries one step out if it is still what is to be done first. The caller
 // holds mu.
 func (d *Disk) do(ctx context.Context, v verb) error {
-	have, err := d.observe(ctx)
+	have, err := d.observe(ctx, v != format)
 	if err != nil {
 		return err
+	}
+	if v == format {
+		have.Content.Blank = true // prove finds out, and reads everything anyway
 	}
 	steps, err := decide(d.want, have)
 	if err != nil {

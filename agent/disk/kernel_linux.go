@@ -16,9 +16,9 @@ import (
 	"github.com/tkenode/tkenode/agent/node"
 )
 
-// observe reads what decide needs. The disk itself is read only if it is the
-// wanted one and nobody uses it.
-func (d *Disk) observe(ctx context.Context) (observed, error) {
+// observe reads what decide needs; what is on the disk, only if it is asked for
+// and nobody uses the disk.
+func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
 	var have observed
 	var err error
 	if have.Ledger, err = d.ledger.read(); err != nil {
@@ -37,7 +37,7 @@ func (d *Disk) observe(ctx context.Context) (observed, error) {
 	if err != nil {
 		return have, nil // decide says it again
 	}
-	if _, ok := have.at(d.want.MountPoint); ok || unused(dev, have) != nil {
+	if _, ok := have.at(d.want.MountPoint); ok || !content || unused(dev, have) != nil {
 		return have, nil
 	}
 	have.Content, err = d.look(ctx, dev)

@@ -197,7 +197,7 @@ func TestKernelForeignIsLeftAlone(t *testing.T) {
 			if node.ReasonOf(err, "") != "Foreign" || node.ClassOf(err) != node.ClassTerminal || !p.Empty() {
 				t.Errorf("plan %q, error %v", p, err)
 			}
-			have, oerr := b.observe(t.Context())
+			have, oerr := b.observe(t.Context(), true)
 			if oerr != nil {
 				t.Fatal(oerr)
 			}
