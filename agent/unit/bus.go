@@ -43,16 +43,22 @@ const (
 // Systemd is the Bus of the machine's PID 1. Its connection is made when it is
 // first needed, and again when it is lost.
 type Systemd struct {
-	mu   sync.Mutex // guards conn
+	mu   sync.Mutex // guards the rest
 	conn *systemd.Conn
+	end  context.CancelFunc // of the connection
 }
 
 // Close ends the connection.
 func (s *Systemd) Close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.drop()
+}
+
+func (s *Systemd) drop() {
 	if s.conn != nil {
 		s.conn.Close()
+		s.end()
 		s.conn = nil
 	}
 }
@@ -65,19 +71,21 @@ func (s *Systemd) connection() (*systemd.Conn, error) {
 	if s.conn != nil && s.conn.Connected() {
 		return s.conn, nil
 	}
-	if s.conn != nil {
-		s.conn.Close()
-		s.conn = nil
-	}
+	s.drop()
 	// The agent is up before the bus is; Watch wakes when it has come.
 	if _, err := os.Stat(systemBus); err != nil {
 		return nil, node.Waiting("SystemBusStarting", "the system bus is not up yet: %w", err)
 	}
-	conn, err := systemd.NewSystemConnectionContext(context.Background())
+	// A deadline would end the connection, too.
+	ctx, cancel := context.WithCancel(context.Background())
+	late := time.AfterFunc(callTimeout, cancel)
+	conn, err := systemd.NewSystemConnectionContext(ctx)
+	late.Stop()
 	if err != nil {
+		cancel()
 		return nil, fmt.Errorf("connect to systemd: %w", err)
 	}
-	s.conn = conn
+	s.conn, s.end = conn, cancel
 	return conn, nil
 }
 
@@ -227,6 +235,10 @@ func (s *Systemd) Watch(ctx context.Context, names []string, changed func()) err
 	if err := waitFor(ctx, systemBus); err != nil {
 		return err
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	subscribed := time.AfterFunc(callTimeout, cancel).Stop
+	defer subscribed()
 	conn, err := dbus.ConnectSystemBus(dbus.WithContext(ctx))
 	if err != nil {
 		return fmt.Errorf("connect to the system bus: %w", err)
@@ -249,6 +261,7 @@ func (s *Systemd) Watch(ctx context.Context, names []string, changed func()) err
 	if call.Err != nil {
 		return fmt.Errorf("subscribe to systemd: %w", call.Err)
 	}
+	subscribed()
 	changed()
 	for {
 		select {

@@ -96,6 +96,10 @@ func decide(w want, have observed) verdict {
 		v.add(reload, node.File{}, "reload systemd's units")
 	}
 	switch {
+	case s.running() && s.Files == "" && s.Up < time.Second:
+		// Between fork and exec a process has systemd's own environment.
+		v.again = probeSoon
+		v.wait("Starting", "%s has just been started", w.unit)
 	case s.running() && s.Files != w.digest:
 		v.add(restart, node.File{}, "restart %s: it runs with other files", w.unit)
 	case s.running():
