@@ -185,7 +185,7 @@ func newOwnMetrics(conditions func() []node.Condition) *ownMetrics {
 
 var (
 	conditionDesc = prometheus.NewDesc("tkenode_condition", "Whether a condition of the node has this status.", []string{"type", "status"}, nil)
-	sinceDesc     = prometheus.NewDesc("tkenode_condition_since_timestamp_seconds", "Since when a condition has its status.", []string{"type"}, nil)
+	sinceDesc     = prometheus.NewDesc("tkenode_condition_since_timestamp_seconds", "Since when a condition has its status.", []string{"type", "status"}, nil)
 )
 
 // conditionCollector turns conditions into series.
@@ -206,7 +206,7 @@ func (f conditionCollector) Collect(ch chan<- prometheus.Metric) {
 			ch <- prometheus.MustNewConstMetric(conditionDesc, prometheus.GaugeValue, v, string(c.Type), string(s))
 		}
 		if !c.Since.IsZero() {
-			ch <- prometheus.MustNewConstMetric(sinceDesc, prometheus.GaugeValue, float64(c.Since.UnixMilli())/1e3, string(c.Type))
+			ch <- prometheus.MustNewConstMetric(sinceDesc, prometheus.GaugeValue, float64(c.Since.UnixMilli())/1e3, string(c.Type), string(c.Status))
 		}
 	}
 }
