@@ -12,10 +12,10 @@ import (
 
 // want is what a unit has to be.
 type want struct {
-	unit   string
+	unit   string // containerd.service
 	files  []node.File
-	digest string // of the files without the drop-in that carries it
-	after  string
+	digest string // of the files that it reads at its start
+	after  string // unit that has to be up before this one is started; may be empty
 }
 
 // observed is how files and unit are.

@@ -34,11 +34,9 @@ const (
 // Unit is one systemd unit with the files that it reads at its start. It
 // satisfies reconcile.Module.
 type Unit struct {
-	name  string // containerd.service
+	want
 	cond  node.ConditionType
 	needs []node.ConditionType
-	after string // unit that has to be up before this one is started; may be empty
-	files []node.File
 	probe func(context.Context) error
 	bus   Bus
 	root  string // prefix of every path: "" but in tests
@@ -46,42 +44,51 @@ type Unit struct {
 	mu sync.Mutex // held by Apply
 }
 
-// Containerd returns the module of containerd.service, which keeps those of
-// files that are the unit's.
+// Containerd returns the module of containerd.service. It keeps those of files
+// that the unit reads, and those that no unit reads at its start: containerd's
+// registries, which are read at each pull.
 func Containerd(files []node.File, bus Bus, rt *Runtime) *Unit {
-	return &Unit{
-		name: node.ContainerdUnit, cond: node.RuntimeReady,
-		needs: []node.ConditionType{node.DisksReady},
-		files: filesOf(node.ContainerdUnit, files), probe: rt.probe, bus: bus,
+	u := &Unit{
+		want: wanted(node.ContainerdUnit, files), cond: node.RuntimeReady,
+		needs: []node.ConditionType{node.DisksReady}, probe: rt.probe, bus: bus,
 	}
+	for _, f := range files {
+		if len(f.Units) == 0 {
+			u.files = append(u.files, f)
+		}
+	}
+	return u
 }
 
 // Kubelet returns the module of kubelet.service. It does not wait for the baked
 // images, which are imported while kubelet starts, only for containerd.
 func Kubelet(files []node.File, bus Bus) *Unit {
-	return &Unit{
-		name: node.KubeletUnit, cond: node.KubeletReady,
-		needs: []node.ConditionType{node.DisksReady, node.NodeJoined}, after: node.ContainerdUnit,
-		files: filesOf(node.KubeletUnit, files), probe: kubeletHealthz, bus: bus,
+	u := &Unit{
+		want: wanted(node.KubeletUnit, files), cond: node.KubeletReady,
+		needs: []node.ConditionType{node.DisksReady, node.NodeJoined}, probe: kubeletHealthz, bus: bus,
 	}
+	u.after = node.ContainerdUnit
+	return u
 }
 
-// filesOf returns the files that the unit reads, and a drop-in that puts their
-// digest into the environment of the unit's processes. So the process itself
-// tells what it has read at its start, whoever started it, and the agent may die
-// between any two steps.
-func filesOf(unit string, files []node.File) []node.File {
-	var own []node.File
+// wanted returns the unit with the files that it reads, and a drop-in that puts
+// their digest into the environment of the unit's processes. So the process
+// itself tells what it has read at its start, whoever started it, and the agent
+// may die between any two steps.
+func wanted(unit string, files []node.File) want {
+	w := want{unit: unit}
 	for _, f := range files {
 		if slices.Contains(f.Units, unit) {
-			own = append(own, f)
+			w.files = append(w.files, f)
 		}
 	}
-	return append(own, node.File{
+	w.digest = digest(w.files)
+	w.files = append(w.files, node.File{
 		Path: filepath.Join(systemDir, unit+".d", "10-tkenode.conf"),
 		Mode: 0o644,
-		Data: fmt.Appendf(nil, "[Service]\nEnvironment=%s=%s\n", digestVariable, digest(own)),
+		Data: fmt.Appendf(nil, "[Service]\nEnvironment=%s=%s\n", digestVariable, w.digest),
 	})
+	return w
 }
 
 // digestVariable is the name of the environment variable.
@@ -98,7 +105,7 @@ func digest(files []node.File) string {
 }
 
 // Name returns "unit/containerd" or "unit/kubelet".
-func (u *Unit) Name() string { return "unit/" + strings.TrimSuffix(u.name, ".service") }
+func (u *Unit) Name() string { return "unit/" + strings.TrimSuffix(u.unit, ".service") }
 
 // Condition returns the condition that the unit serves.
 func (u *Unit) Condition() node.ConditionType { return u.cond }
@@ -108,7 +115,7 @@ func (u *Unit) Needs() []node.ConditionType { return u.needs }
 
 // Watch wakes the unit whenever systemd says that its state has changed.
 func (u *Unit) Watch(ctx context.Context, wake func()) error {
-	names := []string{u.name}
+	names := []string{u.unit}
 	if u.after != "" {
 		names = append(names, u.after)
 	}
@@ -121,7 +128,7 @@ func (u *Unit) Plan(ctx context.Context) (node.Plan, error) {
 	if err != nil {
 		return node.Plan{}, err
 	}
-	v := decide(u.want(), have)
+	v := decide(u.want, have)
 	p := node.Plan{Again: v.again}
 	for _, s := range v.steps {
 		p.Add(func(ctx context.Context) error { return u.do(ctx, s) }, "%s", s.text)
@@ -136,10 +143,6 @@ func (u *Unit) Apply(ctx context.Context, p node.Plan) error {
 	return p.Apply(ctx)
 }
 
-func (u *Unit) want() want {
-	return want{unit: u.name, files: u.files, digest: digest(u.files[:len(u.files)-1]), after: u.after}
-}
-
 func (u *Unit) observe(ctx context.Context) (observed, error) {
 	have := observed{Files: map[string]file{}}
 	for _, f := range u.files {
@@ -150,7 +153,7 @@ func (u *Unit) observe(ctx context.Context) (observed, error) {
 		have.Files[f.Path] = got
 	}
 	var err error
-	if have.Unit, err = u.bus.Unit(ctx, u.name); err != nil {
+	if have.Unit, err = u.bus.Unit(ctx, u.unit); err != nil {
 		return have, err
 	}
 	if u.after != "" {
@@ -168,7 +171,7 @@ func (u *Unit) observe(ctx context.Context) (observed, error) {
 			have.Probe = err.Error()
 		}
 	case have.Unit.Result != "" && have.Unit.Result != "success":
-		have.Unit.LastLog = u.bus.LastLog(ctx, u.name)
+		have.Unit.LastLog = u.bus.LastLog(ctx, u.unit)
 	}
 	return have, nil
 }
@@ -182,9 +185,9 @@ func (u *Unit) do(ctx context.Context, s step) error {
 	case reload:
 		return u.bus.Reload(ctx)
 	case start:
-		return u.explain(ctx, u.bus.Start(ctx, u.name))
+		return u.explain(ctx, u.bus.Start(ctx, u.unit))
 	default:
-		return u.explain(ctx, u.bus.Restart(ctx, u.name))
+		return u.explain(ctx, u.bus.Restart(ctx, u.unit))
 	}
 }
 
@@ -193,11 +196,11 @@ func (u *Unit) explain(ctx context.Context, err error) error {
 	if err == nil || ctx.Err() != nil || node.ClassOf(err) == node.ClassWaiting {
 		return err
 	}
-	s, serr := u.bus.Unit(ctx, u.name)
+	s, serr := u.bus.Unit(ctx, u.unit)
 	if serr != nil {
 		return err
 	}
-	s.LastLog = u.bus.LastLog(ctx, u.name)
+	s.LastLog = u.bus.LastLog(ctx, u.unit)
 	return fmt.Errorf("%w: %s", err, s.failure())
 }
 

@@ -118,6 +118,7 @@ func files(config string) []node.File {
 		{Path: "/etc/systemd/system/containerd.service", Mode: 0o644, Data: []byte("[Service]\n"), Units: []string{node.ContainerdUnit}},
 		{Path: "/etc/kubernetes/kubelet.yaml", Mode: 0o600, Data: []byte("kind: KubeletConfiguration\n"), Units: []string{node.KubeletUnit}},
 		{Path: "/etc/systemd/system/kubelet.service", Mode: 0o644, Data: []byte("[Service]\n"), Units: []string{node.KubeletUnit}},
+		{Path: "/etc/containerd/certs.d/docker.io/hosts.toml", Mode: 0o644, Data: []byte("server = 'of " + strings.TrimSpace(config) + "'\n")},
 	}
 }
 
@@ -173,8 +174,16 @@ func TestLifeOfAUnit(t *testing.T) {
 	if got := m.take(); got != "" {
 		t.Errorf("an edit that nothing has read: %s", got)
 	}
+	mirrors := "/etc/containerd/certs.d/docker.io/hosts.toml"
+	if err := os.Remove(filepath.Join(m.root, mirrors)); err != nil {
+		t.Fatal(err)
+	}
+	converge(t, containerdOn(m, "version = 3\nroot = '/data'\n"))
+	if _, err := os.Stat(filepath.Join(m.root, mirrors)); err != nil || m.take() != "" {
+		t.Errorf("a file that is read at each pull: %v", err)
+	}
 	entries, err := os.ReadDir(filepath.Join(m.root, "/etc/containerd"))
-	if err != nil || len(entries) != 1 {
+	if err != nil || len(entries) != 2 {
 		t.Errorf("left beside the configuration: %v, %v", entries, err)
 	}
 }
