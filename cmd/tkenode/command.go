@@ -30,7 +30,6 @@ func commands() []command {
 	return []command{
 		statusCommand, planCommand, bootCommand, wakeCommand,
 		configShowCommand, configCheckCommand,
-		bootstrapCommand,
 		versionCommand, helpCommand(),
 	}
 }
@@ -77,20 +76,11 @@ func run(ctx context.Context, stdout, stderr *terminal, args []string) int {
 	return exitCode(err)
 }
 
-// exitStatus is an error with an exit code of its command's own.
-type exitStatus struct {
-	error
-	code int
-}
-
 func exitCode(err error) int {
 	_, usage := errors.AsType[usageError](err)
-	own, ok := errors.AsType[exitStatus](err)
 	switch {
 	case err == nil:
 		return exitOK
-	case ok:
-		return own.code
 	case usage:
 		return exitUsage
 	case errors.Is(err, errUnmet):

@@ -184,7 +184,6 @@ func TestCommandLines(t *testing.T) {
 		{"plan now", exitUsage, `plan takes no argument, found "now"`},
 		{"wake a b", exitUsage, "one instance"},
 		{"config check", exitUsage, "one file"},
-		{"bootstrap now", exitUsage, "takes no argument"},
 		{"config check testdata/none", exitError, "no such file"},
 		{"config check testdata/bad.yaml", exitError, "line 3: "},
 	} {

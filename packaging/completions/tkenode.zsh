@@ -8,7 +8,6 @@ if (( CURRENT == 2 )); then
 		'boot:what took how long in this boot'
 		'wake:have one instance, or all of them, look again now'
 		'config:show, check'
-		'bootstrap:join this CVM to its cluster (systemd runs it at every boot)'
 		'version:the version of this program'
 		'help:what there is, or what a command does'
 	)
@@ -23,8 +22,7 @@ case "$words[2] $words[3]" in
 "status "*) compadd -- -o --watch ;;
 "plan "*) compadd -- -o ;;
 "boot "*) compadd -- -o ;;
-"bootstrap "*) compadd -- --user-data ;;
 "config "*) (( CURRENT == 3 )) && compadd show check || _files ;;
-"help "*) compadd status plan boot wake config bootstrap version help ;;
+"help "*) compadd status plan boot wake config version help ;;
 *) _files ;;
 esac
