@@ -122,8 +122,6 @@ func (r *run) boot(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Without a good certificate prior is not confirmed yet: user-data may say
-	// something else by now, which the seal step finds out.
 	if known && r.certificateGood(prior) {
 		r.ledger.confirm(prior)
 		return nil

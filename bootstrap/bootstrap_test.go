@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -33,7 +32,6 @@ type stage struct {
 
 	userData      string
 	userDataError func() error
-	userDataFile  string
 	facts         node.Facts
 	factsError    func() error
 	zoneError     func() error
@@ -41,7 +39,7 @@ type stage struct {
 	began   time.Time
 	console bytes.Buffer
 	journal bytes.Buffer
-	dial    func(context.Context, string, string) (net.Conn, error)
+	dial    Options
 	err     error
 }
 
@@ -65,7 +63,7 @@ func newStage(t *testing.T) *stage {
 	s.facts.ZoneID = 0
 	indented := "    " + strings.ReplaceAll(strings.TrimSpace(s.ca.pem), "\n", "\n    ")
 	s.userData = fmt.Sprintf(userDataForm, indented)
-	s.dial = s.serve()
+	s.dial.Dial = s.serve()
 	s.put("/sys/class/dmi/id/product_uuid", "3f2504e0-4f89-11d3-9a0c-0305e82c3301\n")
 	return s
 }
@@ -105,14 +103,8 @@ func (s *stage) boot(ctx context.Context) error {
 	if err := os.RemoveAll(filepath.Join(s.root, "run")); err != nil {
 		s.t.Fatal(err)
 	}
-	s.err = Run(ctx, s.options())
-	s.secrets()
-	return s.err
-}
-
-func (s *stage) options() Options {
-	return Options{
-		Metadata: s, UserDataFile: s.userDataFile, Root: s.root, Dial: s.dial,
+	s.err = Run(ctx, Options{
+		Metadata: s, Root: s.root, Dial: s.dial.Dial,
 		ZoneID: func(context.Context, node.Config, node.Facts) (int, error) {
 			if s.zoneError != nil {
 				if err := s.zoneError(); err != nil {
@@ -122,7 +114,9 @@ func (s *stage) options() Options {
 			return 100003, nil
 		},
 		Log: slog.New(slog.NewTextHandler(&s.journal, nil)), Console: &s.console,
-	}
+	})
+	s.secrets()
+	return s.err
 }
 
 // secrets: whatever happened, nothing that anybody reads or that stays on disk
@@ -268,7 +262,7 @@ func (s *stage) golden(name string) {
 	}
 }
 
-// until returns an error source that fails for d.
+// after returns an error source that fails for d after the stage was set.
 func (s *stage) until(d time.Duration, err error) func() error {
 	return func() error {
 		if time.Since(s.began) < d {

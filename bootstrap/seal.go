@@ -114,39 +114,36 @@ func unusable(err error) error {
 	return &node.Error{Class: node.ClassTransient, Reason: ReasonState, Err: err}
 }
 
-// temporary is the name under which a file or link is made before it gets its
-// own: one a directory, so that who is killed leaves one at most.
-const temporary = ".bootstrap.new"
-
 // writeFile puts data at path, which then has all of it or what it had before,
 // whenever the power fails.
 func writeFile(path string, data []byte, mode fs.FileMode) error {
-	return replace(path, func(temp string) error {
-		f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
-		if err != nil {
-			return err
-		}
-		_, err = f.Write(data)
-		return errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
-	})
+	temp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
+	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, mode)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(temp, path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(temp))
+	}
+	return syncDir(filepath.Dir(path))
 }
 
 // replaceLink makes path a link to target, whatever it was.
 func replaceLink(target, path string) error {
-	return replace(path, func(temp string) error { return os.Symlink(target, temp) })
-}
-
-// replace puts what create makes at path.
-func replace(path string, create func(temp string) error) error {
-	temp := filepath.Join(filepath.Dir(path), temporary)
+	temp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
 	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := create(temp); err != nil {
-		return errors.Join(err, os.RemoveAll(temp))
+	if err := os.Symlink(target, temp); err != nil {
+		return err
 	}
 	if err := os.Rename(temp, path); err != nil {
-		return errors.Join(err, os.Remove(temp))
+		return err
 	}
 	return syncDir(filepath.Dir(path))
 }

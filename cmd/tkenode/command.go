@@ -30,6 +30,7 @@ func commands() []command {
 	return []command{
 		statusCommand, planCommand, bootCommand, wakeCommand,
 		configShowCommand, configCheckCommand,
+		agentCommand, bootstrapCommand,
 		versionCommand, helpCommand(),
 	}
 }
@@ -62,6 +63,14 @@ type told struct{ error }
 
 func (t told) Unwrap() error { return t.error }
 
+// exitWith is an error with an exit code of its own.
+type exitWith struct {
+	code int
+	error
+}
+
+func (e exitWith) Unwrap() error { return e.error }
+
 // usageError is a wrong command line.
 type usageError struct{ error }
 
@@ -78,9 +87,12 @@ func run(ctx context.Context, stdout, stderr *terminal, args []string) int {
 
 func exitCode(err error) int {
 	_, usage := errors.AsType[usageError](err)
+	own, has := errors.AsType[exitWith](err)
 	switch {
 	case err == nil:
 		return exitOK
+	case has:
+		return own.code
 	case usage:
 		return exitUsage
 	case errors.Is(err, errUnmet):

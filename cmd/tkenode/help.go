@@ -58,7 +58,7 @@ func writeHelp(t *terminal, c command) {
 			first = false
 		}
 		arg, usage := flag.UnquoteUsage(f)
-		t.printf("  %s %s\n", pad(strings.TrimSpace(dashes(f)+" "+arg), 20), usage)
+		t.printf("  %s %s\n", pad(strings.TrimSpace(dashes(f)+" "+arg), 14), usage)
 	})
 }
 

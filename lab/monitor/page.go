@@ -24,7 +24,7 @@ var pageTemplate = template.Must(template.New("page").Parse(pageText))
 var ranges = []struct {
 	Name string
 	Back time.Duration
-}{{"5m", 5 * time.Minute}, {"15m", 15 * time.Minute}, {"1h", time.Hour}, {"6h", 6 * time.Hour}, {"24h", 24 * time.Hour}}
+}{{"15m", 15 * time.Minute}, {"1h", time.Hour}, {"6h", 6 * time.Hour}, {"24h", 24 * time.Hour}}
 
 // silent is how long after its last push a node counts as silent: three
 // intervals at the usual 15 s.
@@ -46,7 +46,6 @@ var panels = []struct {
 	{"Stalled for want of (PSI)", percent, false, "what", `100 * (label_replace(rate(node_pressure_cpu_waiting_seconds_total{instance=%[1]q}[1m]), "what", "CPU", "", "") or label_replace(rate(node_pressure_memory_waiting_seconds_total{instance=%[1]q}[1m]), "what", "memory", "", "") or label_replace(rate(node_pressure_io_waiting_seconds_total{instance=%[1]q}[1m]), "what", "disk", "", ""))`},
 	{"The agent's memory", bytesUnit, false, "what", `label_replace(process_resident_memory_bytes{instance=%[1]q}, "what", "resident", "", "")`},
 	{"The agent's CPU", percent, false, "what", `label_replace(100 * rate(process_cpu_seconds_total{instance=%[1]q}[1m]), "what", "of one core", "", "")`},
-	{"Waits to be pushed", bytesUnit, false, "what", `label_replace(tkenode_remote_write_pending_bytes{instance=%[1]q}, "what", "in memory", "", "")`},
 }
 
 // row is a node in the table.

@@ -8,6 +8,8 @@ if (( CURRENT == 2 )); then
 		'boot:what took how long in this boot'
 		'wake:have one instance, or all of them, look again now'
 		'config:show, check'
+		'agent:keep this CVM a working node; systemd runs it'
+		'bootstrap:join the cluster that the user-data names; systemd runs it at every boot'
 		'version:the version of this program'
 		'help:what there is, or what a command does'
 	)
@@ -22,7 +24,8 @@ case "$words[2] $words[3]" in
 "status "*) compadd -- -o --watch ;;
 "plan "*) compadd -- -o ;;
 "boot "*) compadd -- -o ;;
+"bootstrap "*) compadd -- --user-data ;;
 "config "*) (( CURRENT == 3 )) && compadd show check || _files ;;
-"help "*) compadd status plan boot wake config version help ;;
+"help "*) compadd status plan boot wake config agent bootstrap version help ;;
 *) _files ;;
 esac

@@ -1,0 +1,147 @@
+// Package agent is the composition root of the daemon: what runs, in which
+// order, and who is told of whom is written here, by hand, on one page.
+//
+// It decides nothing itself. It does not import bootstrap: what containerd and
+// kubelet are told comes in as a function.
+package agent
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+
+	"github.com/tkenode/tkenode/agent/api"
+	"github.com/tkenode/tkenode/agent/disk"
+	"github.com/tkenode/tkenode/agent/eni"
+	"github.com/tkenode/tkenode/agent/kube"
+	"github.com/tkenode/tkenode/agent/metrics"
+	"github.com/tkenode/tkenode/agent/node"
+	"github.com/tkenode/tkenode/agent/reconcile"
+	"github.com/tkenode/tkenode/agent/tencent"
+	"github.com/tkenode/tkenode/agent/unit"
+)
+
+// Options say what the agent works with.
+type Options struct {
+	Version string
+	Log     *slog.Logger
+	// Console gets a line for every transition of a condition.
+	Console io.Writer
+	// Files renders what containerd and kubelet read.
+	Files func(node.Config, node.Facts) ([]node.File, error)
+}
+
+const (
+	stateDir  = "/var/lib/tkenode"
+	imagesDir = "/usr/lib/tkenode/images" // what the node image carries
+	// kubeletCert is kubelet's own client certificate, which it rotates.
+	kubeletCert = "/var/lib/kubelet/pki/kubelet-client-current.pem"
+)
+
+// Agent is the daemon between New and the end of Run.
+type Agent struct {
+	options Options
+	log     *slog.Logger
+	board   *reconcile.Board
+	ledger  ledger
+	sealed  atomic.Pointer[node.Sealed]
+	engine  atomic.Pointer[reconcile.Engine] // nil until a configuration is sealed
+}
+
+// Run serves the socket at once, waits for a sealed configuration, and then keeps
+// the node as that configuration wants it, until ctx ends. Ending takes nothing
+// down: the node goes on without the agent.
+func Run(ctx context.Context, o Options) error {
+	a := &Agent{options: o, log: o.Log, board: reconcile.NewBoard()}
+	cni, err := cniListener()
+	if err != nil {
+		return err
+	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	failed := make(chan error, 4) // one for each of what must not end by itself
+	spawn := func(name string, f func(context.Context) error) {
+		wg.Go(func() {
+			if err := f(ctx); err != nil && ctx.Err() == nil {
+				failed <- fmt.Errorf("%s: %w", name, err)
+			}
+		})
+	}
+	collector := metrics.New(o.Log.With("module", "metrics"), a.board.Conditions)
+	spawn("socket", func(ctx context.Context) error {
+		return api.New(o.Log.With("module", "api"), a.source(collector)).Run(ctx, api.Socket)
+	})
+	spawn("conditions", a.tell)
+	spawn("watchdog", a.watchdog)
+	spawn("node", func(ctx context.Context) error {
+		s, err := a.waitSealed(ctx, filepath.Join(stateDir, "config"))
+		if err != nil {
+			return err
+		}
+		return a.keep(ctx, s, cni, collector)
+	})
+	select {
+	case <-ctx.Done():
+		return nil
+	case err := <-failed:
+		stop()
+		return err
+	}
+}
+
+// keep runs every module for the sealed configuration.
+func (a *Agent) keep(ctx context.Context, s node.Sealed, cni net.Listener, collector *metrics.Collector) error {
+	log := func(module string) *slog.Logger { return a.log.With("module", module) }
+	files, err := a.options.Files(s.Config, s.Facts)
+	if err != nil {
+		return fmt.Errorf("render files: %w", err)
+	}
+	cloud, err := tencent.NewClient(s.Config.Cloud, s.Facts.Region, tencent.NewMetadata(""))
+	if err != nil {
+		return fmt.Errorf("reach cloud API: %w", err)
+	}
+	network := eni.New(eni.Options{Sealed: a.currentSealed, Cloud: cloud, Log: log("eni")})
+	defer network.Close()
+	bus := &unit.Systemd{}
+	defer bus.Close()
+	containerd, err := unit.NewRuntime()
+	if err != nil {
+		return fmt.Errorf("reach containerd: %w", err)
+	}
+	defer containerd.Close()
+	apiServer, err := kube.New(s.Config.Cluster.Endpoint, []byte(s.Config.Cluster.CertificateAuthority), kubeletCert)
+	if err != nil {
+		return fmt.Errorf("reach API server: %w", err)
+	}
+	defer apiServer.Close()
+	name := s.Config.Name(s.Facts)
+
+	var modules []reconcile.Module
+	for _, want := range s.Config.Disks {
+		modules = append(modules, disk.New(want, filepath.Join(stateDir, "disk"), log("disk")))
+	}
+	modules = append(modules,
+		unit.Containerd(files, bus, containerd),
+		unit.NewImages(imagesDir, bus, containerd),
+		network.Pool(),
+		network.Paths(),
+		kube.NewJoin(name),
+		unit.Kubelet(files, bus),
+		kube.NewReady(apiServer, name),
+	)
+	engine := reconcile.New(a.log, a.board, modules...)
+	a.engine.Store(engine)
+
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { engine.Run(ctx) })
+	wg.Go(func() { collector.Push(ctx, s) })
+	return network.Serve(ctx, cni)
+}

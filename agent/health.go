@@ -1,0 +1,139 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"github.com/tkenode/tkenode/agent/api"
+	"github.com/tkenode/tkenode/agent/metrics"
+	"github.com/tkenode/tkenode/agent/node"
+	"github.com/tkenode/tkenode/agent/reconcile"
+)
+
+// cniListener returns the socket that systemd holds for the CNI plugin.
+func cniListener() (net.Listener, error) {
+	named, err := activation.ListenersWithNames()
+	if err != nil {
+		return nil, fmt.Errorf("take sockets from systemd: %w", err)
+	}
+	if l := named["cni"]; len(l) == 1 && l[0] != nil {
+		return l[0], nil
+	}
+	return nil, errors.New("systemd passed no socket named cni: start the agent with systemctl start tkenode-agent, which starts tkenode-cni.socket")
+}
+
+// source is what the socket serves.
+func (a *Agent) source(collector *metrics.Collector) api.Source {
+	return api.Source{
+		Version:    a.options.Version,
+		Conditions: a.board.Conditions,
+		Instances: func() []reconcile.InstanceStatus {
+			if e := a.engine.Load(); e != nil {
+				return e.Status()
+			}
+			return nil
+		},
+		Plan: func(ctx context.Context) []reconcile.InstancePlan {
+			if e := a.engine.Load(); e != nil {
+				return e.Plan(ctx)
+			}
+			return nil
+		},
+		Wake: func(name string) bool {
+			e := a.engine.Load()
+			return e != nil && e.Wake(name)
+		},
+		Sealed:  a.currentSealed,
+		Boot:    func() api.Boot { return a.ledger.boot(node.ReportFile) },
+		Metrics: collector,
+	}
+}
+
+// tell logs every transition of a condition, which is the node's biography in the
+// journal and on the console, shows the first unmet one in systemctl status, and
+// keeps the ledger of the boot.
+func (a *Agent) tell(ctx context.Context) error {
+	before := map[node.ConditionType]node.Status{}
+	for {
+		_, changed := a.board.Unmet()
+		if e := a.engine.Load(); e != nil {
+			a.ledger.note(e.Status())
+		}
+		conditions := a.board.Conditions()
+		for _, c := range conditions {
+			if before[c.Type] == c.Status || before[c.Type] == "" && c.Status != node.True {
+				continue
+			}
+			line := fmt.Sprintf("%s is %s", c.Type, c.Status)
+			a.log.Info(line, "reason", c.Reason, "message", c.Message)
+			if c.Status != node.True {
+				line += ": " + c.Reason + ": " + c.Message
+			}
+			fmt.Fprintf(a.options.Console, "tkenode: %s\n", line)
+			before[c.Type] = c.Status
+		}
+		status := "every condition is met"
+		if i := slices.IndexFunc(conditions, func(c node.Condition) bool { return c.Status != node.True }); i >= 0 {
+			c := conditions[i]
+			status = fmt.Sprintf("%s is %s (%s) %s", c.Type, c.Status, c.Reason, c.Message)
+		}
+		if _, err := daemon.SdNotify(false, "STATUS="+status); err != nil {
+			return fmt.Errorf("notify systemd: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		}
+	}
+}
+
+// watchdog says READY once the socket answers, and then feeds systemd's watchdog
+// as long as both the engine and the socket do. A module that hangs is a
+// condition, not a reason to die.
+func (a *Agent) watchdog(ctx context.Context) error {
+	interval, err := daemon.SdWatchdogEnabled(false)
+	if err != nil {
+		return fmt.Errorf("read watchdog interval: %w", err)
+	}
+	client := api.NewClient(api.Socket)
+	defer client.Close()
+	ready := false
+	for ctx.Err() == nil {
+		wait := interval / 3
+		if interval == 0 {
+			wait = time.Minute
+		}
+		state := "WATCHDOG=1"
+		if !ready {
+			state, wait = "READY=1", 50*time.Millisecond
+		}
+		if err := ask(ctx, client); err == nil {
+			if _, err := daemon.SdNotify(false, state); err != nil {
+				return fmt.Errorf("notify systemd: %w", err)
+			}
+			ready = true
+		} else if ready && ctx.Err() == nil {
+			a.log.Error("the socket does not answer, the watchdog is not fed", "err", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+	return nil
+}
+
+func ask(ctx context.Context, client *api.Client) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	_, err := client.Status(ctx)
+	return err
+}

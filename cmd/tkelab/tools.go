@@ -1,0 +1,187 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"github.com/tkenode/tkenode/lab"
+)
+
+func list(ctx context.Context, _ []string) error {
+	i, err := labInfo(ctx)
+	if err != nil {
+		return err
+	}
+	if len(i.CVMs) == 0 {
+		fmt.Println("no CVM; launch one with: tkelab launch")
+		return nil
+	}
+	fmt.Printf("%-14s %-12s %-12s %s\n", "ID", "NODE", "REACHED", "AFTER")
+	for _, c := range i.CVMs {
+		last := c.Marks[len(c.Marks)-1]
+		fmt.Printf("%-14s %-12s %-12s %s\n", c.ID, c.Node, last.Step, seconds(last.Took))
+	}
+	return nil
+}
+
+func terminate(ctx context.Context, args []string) error {
+	if len(args) != 1 {
+		return fmt.Errorf("%w: which CVM? tkelab list names them", errUsage)
+	}
+	return ask(ctx, http.MethodPost, "/v1/terminate", url.Values{"id": {args[0]}}, nil)
+}
+
+// down stops the lab.
+func down(ctx context.Context, _ []string) error {
+	if !running() {
+		fmt.Println("no lab is running")
+		return nil
+	}
+	return stopBackground(ctx)
+}
+
+// pick finds the CVM that args begin with, or else the newest one, and returns
+// the other arguments.
+func pick(ctx context.Context, args []string) (info, cvm, []string, error) {
+	i, err := labInfo(ctx)
+	if err != nil {
+		return i, cvm{}, nil, err
+	}
+	if len(args) > 0 {
+		for _, c := range i.CVMs {
+			if c.ID == args[0] || c.IP == args[0] {
+				return i, c, args[1:], nil
+			}
+		}
+	}
+	if len(i.CVMs) == 0 {
+		return i, cvm{}, nil, errors.New("there is no CVM; launch one with: tkelab launch")
+	}
+	return i, i.CVMs[len(i.CVMs)-1], args, nil
+}
+
+// sshTo runs ssh(1) through the lab's network.
+func sshTo(ctx context.Context, args []string) error {
+	i, c, rest, err := pick(ctx, args)
+	if err != nil {
+		return err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	return stand(exec.Command("ssh", append([]string{
+		"-i", i.Key,
+		"-o", "ProxyCommand=" + self + " connect %h:%p",
+		// The machine was made a moment ago, on a network that exists in the lab only.
+		"-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR",
+		"-o", "IdentitiesOnly=yes",
+		lab.LoginUser + "@" + c.IP,
+	}, rest...)...))
+}
+
+// kubectl runs the kubectl that belongs to the cluster.
+func kubectl(ctx context.Context, args []string) error {
+	i, err := labInfo(ctx)
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command(filepath.Join(binDir(), "kubectl"), args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+i.Kubeconfig)
+	return stand(cmd)
+}
+
+// stand runs a program in the place of tkelab: with its terminal, its signals and
+// its exit status.
+func stand(cmd *exec.Cmd) error {
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	signal.Ignore(os.Interrupt) // the program gets it from the terminal, too
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return exitStatus(exit.ExitCode())
+	}
+	return err
+}
+
+func console(ctx context.Context, args []string) error {
+	_, c, _, err := pick(ctx, args)
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(c.Console)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = io.Copy(os.Stdout, f)
+	return err
+}
+
+// connect joins standard input and output to an address of the VPC, for ssh's
+// ProxyCommand.
+func connect(ctx context.Context, args []string) error {
+	if len(args) != 1 {
+		return fmt.Errorf("%w: which address?", errUsage)
+	}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://tkelab/v1/connect?"+url.Values{"addr": {args[0]}}.Encode(), nil)
+	if err != nil {
+		return err
+	}
+	r.Header.Set("Connection", "Upgrade")
+	r.Header.Set("Upgrade", "tcp")
+	resp, err := client().Do(r)
+	if err != nil {
+		return fmt.Errorf("ask the lab: %w", err)
+	}
+	defer resp.Body.Close()
+	conn, ok := resp.Body.(io.ReadWriteCloser)
+	if resp.StatusCode != http.StatusSwitchingProtocols || !ok {
+		text, _ := io.ReadAll(io.LimitReader(resp.Body, 4096))
+		return fmt.Errorf("connect to %s: %s", args[0], text)
+	}
+	go func() { // ends with standard input, or with the process
+		_, _ = io.Copy(conn, os.Stdin)
+		if c, ok := conn.(interface{ CloseWrite() error }); ok {
+			_ = c.CloseWrite()
+		}
+	}()
+	_, err = io.Copy(os.Stdout, conn)
+	return err
+}
+
+// lockFile is held by the process in the background as long as it lives.
+func lockFile() string { return filepath.Join(cacheDir(), "lab.lock") }
+
+// lock makes this process the one lab of this cache directory.
+func lock() (*os.File, error) {
+	f, err := os.OpenFile(lockFile(), os.O_RDWR|os.O_CREATE|syscall.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close()
+		return nil, errors.New("another lab is running; stop it with: tkelab down")
+	}
+	return f, nil
+}
+
+func running() bool {
+	f, err := lock()
+	if err != nil {
+		return !errors.Is(err, os.ErrNotExist)
+	}
+	f.Close()
+	return false
+}
+
+func bench(context.Context, []string) error { return errUsage }

@@ -1,0 +1,212 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"github.com/tkenode/tkenode/lab/cloud"
+	"github.com/tkenode/tkenode/lab/cvm"
+	"github.com/tkenode/tkenode/lab/vpc"
+)
+
+// host is the physical machine of the region: it runs CVMs for lab/cloud and
+// connects their NICs to the VPC. It satisfies cloud.Hypervisor and cloud.Fabric.
+type host struct {
+	dir   string
+	image string
+	key   string // public, for the login of the image's default user
+	net   *vpc.Network
+	log   *slog.Logger
+
+	mu       sync.Mutex // guards the rest
+	snapshot string     // machines go on from here instead of booting; empty: they boot
+	machines map[string]*machine
+	launched map[string]*Timeline // by instance, from before the machine runs
+}
+
+type machine struct {
+	*cvm.Machine
+	follow context.CancelFunc
+	done   chan struct{} // closed when nobody follows the console any more
+}
+
+func newHost(dir, image, key string, network *vpc.Network, log *slog.Logger) *host {
+	return &host{
+		dir: dir, image: image, key: key, net: network, log: log,
+		machines: map[string]*machine{}, launched: map[string]*Timeline{},
+	}
+}
+
+// close ends every machine.
+func (h *host) close() error {
+	h.mu.Lock()
+	ids := slices.Collect(maps.Keys(h.machines))
+	h.mu.Unlock()
+	var errs []error
+	for _, id := range ids {
+		errs = append(errs, h.Destroy(context.Background(), id))
+	}
+	return errors.Join(errs...)
+}
+
+func (h *host) socket(eni string) string    { return filepath.Join(h.dir, "net", eni) }
+func (h *host) diskPath(disk string) string { return filepath.Join(h.dir, "disks", disk) }
+
+func (h *host) Attach(p cloud.Port) error {
+	return h.net.Attach(vpc.Port(p), h.socket(p.ENI))
+}
+
+func (h *host) SetAddrs(eni string, addrs []netip.Addr) error { return h.net.SetAddrs(eni, addrs) }
+
+func (h *host) Detach(eni string) error { return h.net.Detach(eni) }
+
+func (h *host) nic(n cloud.NIC) cvm.NIC {
+	return cvm.NIC{ID: n.ENI, MAC: n.MAC, Socket: h.socket(n.ENI)}
+}
+
+// disk returns the raw file behind a volume; one that is not there yet is all
+// zeros, and takes no space.
+func (h *host) disk(v cloud.Volume) (cvm.Disk, error) {
+	path := h.diskPath(v.Disk)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return cvm.Disk{}, fmt.Errorf("open volume: %w", err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err == nil && st.Size() < int64(v.SizeGiB)<<30 {
+		err = f.Truncate(int64(v.SizeGiB) << 30)
+	}
+	if err != nil {
+		return cvm.Disk{}, fmt.Errorf("size volume %s: %w", v.Disk, err)
+	}
+	return cvm.Disk{ID: v.Disk, Path: path}, nil
+}
+
+// Run starts an instance and follows its console.
+func (h *host) Run(ctx context.Context, m cloud.Machine) error {
+	spec := cvm.Spec{
+		Name: m.Instance, UUID: m.UUID, Dir: h.machineDir(m.Instance), Image: h.image,
+		CPUs: m.CPUs, MemoryMiB: m.MemoryMiB,
+		Config: &cvm.ConfigDrive{InstanceID: m.Instance, Hostname: m.Hostname, PublicKeys: []string{h.key}, UserData: m.UserData},
+	}
+	for _, n := range m.NICs {
+		spec.NICs = append(spec.NICs, h.nic(n))
+	}
+	for _, v := range m.Volumes {
+		d, err := h.disk(v)
+		if err != nil {
+			return err
+		}
+		spec.Disks = append(spec.Disks, d)
+	}
+	h.mu.Lock()
+	snapshot, timeline := h.snapshot, h.timelineLocked(m.Instance)
+	h.mu.Unlock()
+
+	timeline.mark(PowerOn)
+	var vm *cvm.Machine
+	var err error
+	if snapshot != "" {
+		vm, err = cvm.Restore(ctx, spec, snapshot)
+	} else {
+		vm, err = cvm.Start(ctx, spec)
+	}
+	if err != nil {
+		return err
+	}
+	fctx, cancel := context.WithCancel(context.Background())
+	run := &machine{Machine: vm, follow: cancel, done: make(chan struct{})}
+	go func() {
+		defer close(run.done)
+		follow(fctx, vm.Console(), timeline.readLine)
+	}()
+	h.mu.Lock()
+	h.machines[m.Instance] = run
+	h.mu.Unlock()
+	return nil
+}
+
+// Destroy ends an instance and removes what only it had.
+func (h *host) Destroy(_ context.Context, instance string) error {
+	h.mu.Lock()
+	m := h.machines[instance]
+	delete(h.machines, instance)
+	h.mu.Unlock()
+	if m == nil {
+		return nil
+	}
+	err := m.Kill()
+	m.follow()
+	<-m.done
+	return err
+}
+
+func (h *host) PlugNIC(ctx context.Context, instance string, n cloud.NIC) error {
+	m, err := h.machine(instance)
+	if err != nil {
+		return err
+	}
+	return m.PlugNIC(ctx, h.nic(n))
+}
+
+func (h *host) UnplugNIC(ctx context.Context, instance, eni string) error {
+	m, err := h.machine(instance)
+	if err != nil {
+		return err
+	}
+	return m.UnplugNIC(ctx, eni)
+}
+
+func (h *host) PlugDisk(ctx context.Context, instance string, v cloud.Volume) error {
+	m, err := h.machine(instance)
+	if err != nil {
+		return err
+	}
+	d, err := h.disk(v)
+	if err != nil {
+		return err
+	}
+	return m.PlugDisk(ctx, d)
+}
+
+func (h *host) UnplugDisk(ctx context.Context, instance, disk string) error {
+	m, err := h.machine(instance)
+	if err != nil {
+		return err
+	}
+	return m.UnplugDisk(ctx, disk)
+}
+
+func (h *host) machineDir(instance string) string { return filepath.Join(h.dir, "cvm", instance) }
+
+func (h *host) machine(instance string) (*machine, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	m := h.machines[instance]
+	if m == nil {
+		return nil, fmt.Errorf("instance %s: its machine is not running", instance)
+	}
+	return m, nil
+}
+
+func (h *host) timeline(instance string) *Timeline {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.timelineLocked(instance)
+}
+
+func (h *host) timelineLocked(instance string) *Timeline {
+	if h.launched[instance] == nil {
+		h.launched[instance] = newTimeline()
+	}
+	return h.launched[instance]
+}

@@ -1,0 +1,161 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	_ "embed"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"text/template"
+	"time"
+
+	"github.com/tkenode/tkenode/lab/cloud"
+	"github.com/tkenode/tkenode/lab/vpc"
+)
+
+var vpcCIDR = netip.MustParsePrefix("10.0.0.0/16")
+
+func subnets(config cloud.Config) []vpc.Subnet {
+	var out []vpc.Subnet
+	for _, s := range config.Subnets {
+		out = append(out, vpc.Subnet{ID: s.ID, CIDR: s.CIDR})
+	}
+	return out
+}
+
+//go:embed nodeconfig.yaml
+var nodeConfigText string
+
+var nodeConfigTemplate = template.Must(template.New("nodeconfig.yaml").Funcs(template.FuncMap{
+	"indent": func(n int, s string) string {
+		return strings.ReplaceAll(strings.TrimSpace(s), "\n", "\n"+strings.Repeat(" ", n))
+	},
+}).Parse(nodeConfigText))
+
+// NodeConfigValues are what differs between the NodeConfigs of the lab's CVMs.
+// Tests change them to see what a wrong one leads to.
+type NodeConfigValues struct {
+	Endpoint         string // of the API server
+	ClusterCA        string // PEM
+	Token            string // bootstrap token
+	MetricsEndpoint  string
+	APIDomain        string
+	CloudCA          string // PEM
+	SubnetIDs        []string
+	SecurityGroupIDs []string
+}
+
+// NodeConfigValues returns the values with which a CVM becomes a node, with a
+// bootstrap token of its own.
+func (l *Lab) NodeConfigValues(ctx context.Context) (NodeConfigValues, error) {
+	token, err := l.Cluster.NewBootstrapToken(ctx, 10*time.Minute)
+	if err != nil {
+		return NodeConfigValues{}, err
+	}
+	config := cloud.Default()
+	return NodeConfigValues{
+		Endpoint:         "https://" + apiServerAddr.String(),
+		ClusterCA:        string(l.Cluster.CACert()),
+		Token:            token.Reveal(),
+		MetricsEndpoint:  "http://" + monitorAddr.String() + "/api/v1/write",
+		APIDomain:        config.Domain,
+		CloudCA:          l.ca.pem,
+		SubnetIDs:        []string{config.Subnets[1].ID},
+		SecurityGroupIDs: config.SecurityGroups,
+	}, nil
+}
+
+// Text returns the NodeConfig document.
+func (v NodeConfigValues) Text() (string, error) {
+	var b bytes.Buffer
+	if err := nodeConfigTemplate.Execute(&b, v); err != nil {
+		return "", fmt.Errorf("render NodeConfig: %w", err)
+	}
+	return b.String(), nil
+}
+
+// LaunchSpec says what to launch.
+type LaunchSpec struct {
+	UserData []byte // nil: the lab's own NodeConfig
+	// DataDisks are the sizes, in GiB, of blank CBS disks.
+	DataDisks []int
+}
+
+// CVM is an instance that was launched.
+type CVM struct {
+	ID       string
+	IP       netip.Addr
+	Timeline *Timeline
+	console  string
+}
+
+// Name is the name of the Node that the lab's own NodeConfig makes of it.
+func (c *CVM) Name() string { return c.IP.String() }
+
+// Console is the file with what the machine prints to its serial console.
+func (c *CVM) Console() string { return c.console }
+
+// Launch launches a CVM and returns as soon as it is powered on.
+func (l *Lab) Launch(ctx context.Context, s LaunchSpec) (*CVM, error) {
+	if s.UserData == nil {
+		v, err := l.NodeConfigValues(ctx)
+		if err != nil {
+			return nil, err
+		}
+		text, err := v.Text()
+		if err != nil {
+			return nil, err
+		}
+		s.UserData = []byte(text)
+	}
+	spec := cloud.InstanceSpec{UserData: s.UserData}
+	for _, size := range s.DataDisks {
+		spec.DataDisks = append(spec.DataDisks, cloud.DiskSpec{SizeGiB: size})
+	}
+	in, err := l.Region.Launch(ctx, spec)
+	if err != nil {
+		return nil, fmt.Errorf("launch: %w", err)
+	}
+	c := &CVM{ID: in.ID, IP: in.PrivateIP, Timeline: l.host.timeline(in.ID), console: l.host.console(in.ID)}
+	l.servers.Go(func() { l.watchReady(c) })
+	return c, nil
+}
+
+// watchReady marks the moment at which the API server calls the Node Ready.
+func (l *Lab) watchReady(c *CVM) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
+	defer cancel()
+	l.servers.Go(func() {
+		defer cancel()
+		select {
+		case <-l.Gone(c):
+		case <-ctx.Done():
+		}
+	})
+	if _, err := l.Cluster.WaitNodeReady(ctx, c.Name()); err == nil {
+		c.Timeline.mark(NodeReady)
+	}
+}
+
+// Gone is closed when the CVM's machine is off, whatever the reason.
+func (l *Lab) Gone(c *CVM) <-chan struct{} {
+	m, err := l.host.machine(c.ID)
+	if err != nil {
+		off := make(chan struct{})
+		close(off)
+		return off
+	}
+	return m.Done()
+}
+
+// Terminate ends the instance and everything that was made with it.
+func (l *Lab) Terminate(ctx context.Context, id string) error { return l.Region.Terminate(ctx, id) }
+
+func (h *host) console(instance string) string {
+	return filepath.Join(h.machineDir(instance), "console.log")
+}
+
+// LoginKey is the file with the private key that opens the CVMs to LoginUser.
+func (l *Lab) LoginKey() string { return l.key.path }
