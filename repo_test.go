@@ -77,6 +77,8 @@ var mayImport = map[string][]string{
 	"cmd/tke-eni":     {"agent/eni/cni"},
 	"lab/vpc":         {},
 	"lab/proc":        {},
+	"lab/cvm":         {"lab/proc"},
+	"lab/kube":        {"agent/node", "lab/proc"},
 }
 
 func TestImports(t *testing.T) {

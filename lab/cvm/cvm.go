@@ -128,6 +128,12 @@ func (m *Machine) run(ctx context.Context, args []string) (err error) {
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
+	// The console of an earlier start is set aside, so that nobody takes what that
+	// one said for this one's words.
+	console := m.Console()
+	if err := os.Rename(console, console+".1"); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
 	m.group = proc.NewGroup()
 	defer func() {
 		if err != nil {
@@ -138,7 +144,7 @@ func (m *Machine) run(ctx context.Context, args []string) (err error) {
 		Path: qemuBinary,
 		Args: append([]string{"-chardev", "socket,id=qmp,server=on,wait=off,path=" + escape(socket),
 			"-mon", "chardev=qmp,mode=control"}, args...),
-		Log: filepath.Join(m.spec.Dir, consoleFile),
+		Log: console,
 	})
 	if err != nil {
 		return err
@@ -261,7 +267,8 @@ func (m *Machine) Accel() Accel { return m.accel }
 func (m *Machine) PID() int { return m.qemu.PID() }
 
 // Console returns the file that holds what the guest printed to its serial
-// console. It is of bounded size: what is older is in the same name with ".1".
+// console. It is of bounded size: what is older, or of an earlier start, is in
+// the same name with ".1".
 func (m *Machine) Console() string { return filepath.Join(m.spec.Dir, consoleFile) }
 
 // ConsoleTail returns the last n lines of the serial console.

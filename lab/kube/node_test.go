@@ -30,18 +30,16 @@ import (
 	"time"
 
 	"github.com/tkenode/tkenode/agent/node"
+	"github.com/tkenode/tkenode/images"
 )
 
 const signingDuration = 24 * time.Hour
 
 func binDir(t *testing.T) string {
-	cache := os.Getenv("TKENODE_CACHE")
-	if cache == "" {
-		home, err := os.UserHomeDir()
-		if err != nil {
-			t.Fatal(err)
-		}
-		cache = filepath.Join(home, ".cache", "tkenode")
+	t.Helper()
+	cache, err := images.CacheDir()
+	if err != nil {
+		t.Fatal(err)
 	}
 	return filepath.Join(cache, "components", "bin")
 }
@@ -61,7 +59,7 @@ func (v *vpc) dial(ctx context.Context, network, address string) (net.Conn, erro
 	return (&net.Dialer{}).DialContext(ctx, network, kubelet.Listener.Addr().String())
 }
 
-func TestControlPlane(t *testing.T) {
+func TestNodeControlPlane(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "kube")
 	v := &vpc{}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
