@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"reflect"
 	"strings"
 	"time"
 
@@ -44,14 +45,14 @@ func openKernel() (*kernel, error) {
 	f, err := openNFT()
 	if err != nil {
 		nl.Close()
-		return nil, fmt.Errorf("open nftables: %w", err)
+		return nil, err
 	}
 	return &kernel{nl: nl, nft: f}, nil
 }
 
 func (k *kernel) close() error {
 	k.nl.Close()
-	return k.leave()
+	return errors.Join(k.nft.close(), k.leave())
 }
 
 // dump repeats a dump that the kernel says was interrupted by a change.
@@ -195,12 +196,37 @@ func (k *kernel) findRules() ([]object, error) {
 		if r.Src != nil {
 			found.from = addrOf(r.Src.IP)
 		}
-		if exact := found.rule.netlink(); r.String() != exact.String() {
-			found.foreign = " (" + r.String() + ")"
-		}
+		found.foreign = otherSelectors(r)
 		have = append(have, found)
 	}
 	return have, nil
+}
+
+// otherSelectors returns the text of what our rules do not select by.
+func otherSelectors(r netlink.Rule) string {
+	s := ""
+	if r.Invert {
+		s += " not"
+	}
+	if r.Dst != nil {
+		s += " to " + r.Dst.String()
+	}
+	if r.IifName != "" {
+		s += " iif " + r.IifName
+	}
+	if r.OifName != "" {
+		s += " oif " + r.OifName
+	}
+	// What is left must be as in a new rule, but for what is in the key.
+	rest, plain := r, *netlink.NewRule()
+	for _, p := range []*netlink.Rule{&rest, &plain} {
+		p.Family, p.Priority, p.Table, p.Protocol, p.Type, p.Src, p.Mark, p.Mask = 0, 0, 0, 0, 0, nil, 0, nil
+		p.Invert, p.Dst, p.IifName, p.OifName = false, nil, "", ""
+	}
+	if !reflect.DeepEqual(rest, plain) || r.Mark != 0 && (r.Mask == nil || *r.Mask != markMask) {
+		s += " and more"
+	}
+	return s
 }
 
 // foundRule is a rule as the kernel has it.

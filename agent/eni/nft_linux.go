@@ -33,7 +33,10 @@ import (
 // One lookup finds the slot of any number of pods; other bits of the mark are
 // kept. What comes from a pod with an address that is not a pod's is dropped,
 // since without a mark it would leave by the primary ENI.
-type nft struct{ conn *nftables.Conn }
+type nft struct {
+	conn *nftables.Conn
+	sock *netlink.Conn // of conn
+}
 
 // nftLayout names the layout above in the text of plans; every rule carries it,
 // so that rules that another version made are replaced.
@@ -46,13 +49,43 @@ var (
 
 const slotChain = "slot"
 
-// openNFT returns a connection that opens a socket for each transaction: after a
-// refused one, a socket may hold answers that nobody waits for.
+// openNFT opens a socket that lasts: closing one that has removed something waits
+// until every CPU has let go of it.
+// Source: nft_rcv_nl_event in the kernel's net/netfilter/nf_tables_api.c
 func openNFT() (*nft, error) {
-	conn, err := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
-		return c.SetDeadline(time.Now().Add(netlinkTimeout))
+	f := &nft{}
+	var err error
+	f.conn, err = nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
+		f.sock = c
+		return nil
 	}))
-	return &nft{conn}, err
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	return f, nil
+}
+
+func (f *nft) close() error { return f.conn.CloseLasting() }
+
+// begin returns the connection, with time for one exchange with the kernel.
+func (f *nft) begin() (*nftables.Conn, error) {
+	return f.conn, f.sock.SetDeadline(time.Now().Add(netlinkTimeout))
+}
+
+// flush carries a transaction out. After a refused one the socket may hold answers
+// that nobody waits for, so it is replaced.
+func (f *nft) flush() error {
+	err := f.conn.Flush()
+	if err == nil {
+		return nil
+	}
+	again, openErr := openNFT()
+	if openErr != nil {
+		return errors.Join(err, openErr)
+	}
+	err = errors.Join(err, f.close())
+	*f = nft{again.conn, again.sock}
+	return err
 }
 
 // layout returns the chains and the rules of the table.
@@ -100,7 +133,10 @@ func (o table) put(k *kernel) error {
 	if err != nil {
 		return err
 	}
-	c := k.nft.conn
+	c, err := k.nft.begin()
+	if err != nil {
+		return err
+	}
 	c.AddTable(nfTable)
 	c.DelTable(nfTable)
 	c.AddTable(nfTable)
@@ -127,12 +163,16 @@ func (o table) put(k *kernel) error {
 			return err
 		}
 	}
-	return c.Flush()
+	return k.nft.flush()
 }
 
 // find returns the table, if there is one, and its elements.
 func (f *nft) find() ([]object, error) {
-	tables, err := f.conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	c, err := f.begin()
+	if err != nil {
+		return nil, err
+	}
+	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
 	if err != nil {
 		return nil, fmt.Errorf("list nftables tables: %w", err)
 	}
@@ -265,29 +305,37 @@ func (o element) nftables() []nftables.SetElement {
 }
 
 func (o element) put(k *kernel) error {
-	c := k.nft.conn
+	c, err := k.nft.begin()
+	if err != nil {
+		return err
+	}
 	if err := c.SetAddElements(nfMap, o.nftables()); err != nil {
 		return err
 	}
-	err := c.Flush()
-	if !errors.Is(err, unix.EEXIST) {
+	if err := k.nft.flush(); !errors.Is(err, unix.EEXIST) {
 		return err
 	}
 	// It leads to another slot: replaced in one transaction.
-	if err := errors.Join(c.SetDeleteElements(nfMap, o.key4()), c.SetAddElements(nfMap, o.nftables())); err != nil {
+	if c, err = k.nft.begin(); err != nil {
 		return err
 	}
-	return c.Flush()
+	if err := errors.Join(c.SetDeleteElements(nfMap, o.nftablesKey()), c.SetAddElements(nfMap, o.nftables())); err != nil {
+		return err
+	}
+	return k.nft.flush()
 }
 
 func (o element) drop(k *kernel) error {
-	c := k.nft.conn
-	if err := c.SetDeleteElements(nfMap, o.key4()); err != nil {
+	c, err := k.nft.begin()
+	if err != nil {
 		return err
 	}
-	return ignore(c.Flush(), unix.ENOENT)
+	if err := c.SetDeleteElements(nfMap, o.nftablesKey()); err != nil {
+		return err
+	}
+	return ignore(k.nft.flush(), unix.ENOENT)
 }
 
-func (o element) key4() []nftables.SetElement {
+func (o element) nftablesKey() []nftables.SetElement {
 	return []nftables.SetElement{{Key: o.addr.AsSlice()}}
 }
