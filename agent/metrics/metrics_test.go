@@ -307,13 +307,14 @@ func TestOutage(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		wg.Go(func() { s.run(ctx) })
+		s.limit = 100 << 10
 		e := newEncoder(nil)
 		source := rand.NewChaCha8([32]byte{})
 		enqueued := 0
 		for i := range 80 {
 			var families []*dto.MetricFamily
-			for j := range 100 {
-				random := make([]byte, 1500) // which no compression makes smaller
+			for j := range 10 {
+				random := make([]byte, 200) // which no compression makes smaller
 				_, _ = source.Read(random)
 				families = append(families, gauge("a", float64(i), "j", fmt.Sprint(j), "random", base64.StdEncoding.EncodeToString(random)))
 			}
@@ -321,7 +322,7 @@ func TestOutage(t *testing.T) {
 				enqueued += b.samples
 				s.enqueue(b)
 				s.mu.Lock()
-				if s.pending > maxPending {
+				if s.pending > s.limit {
 					t.Fatalf("%d bytes pending", s.pending)
 				}
 				s.mu.Unlock()

@@ -35,6 +35,7 @@ type sender struct {
 	client *http.Client
 	own    *ownMetrics
 	wake   chan struct{}
+	limit  int // maxPending; tests set less
 
 	mu      sync.Mutex // guards the rest
 	queue   []body     // the oldest first
@@ -57,10 +58,11 @@ func newSender(endpoint string, transport http.RoundTripper, log *slog.Logger, o
 		return nil, fmt.Errorf("read metrics.endpoint: %w", err)
 	}
 	return &sender{
-		log:  log,
-		url:  u,
-		own:  own,
-		wake: make(chan struct{}, 1),
+		log:   log,
+		url:   u,
+		own:   own,
+		wake:  make(chan struct{}, 1),
+		limit: maxPending,
 		client: &http.Client{
 			Transport: transport,
 			Timeout:   sendTimeout,
@@ -76,7 +78,7 @@ func (s *sender) enqueue(b body) {
 	s.queue = append(s.queue, b)
 	s.pending += len(b.data)
 	lost := 0
-	for s.pending > maxPending && len(s.queue) > 1 {
+	for s.pending > s.limit && len(s.queue) > 1 {
 		lost += s.queue[0].samples
 		s.pending -= len(s.queue[0].data)
 		s.queue = s.queue[1:]
