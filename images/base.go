@@ -18,7 +18,7 @@ const debian = "bookworm"
 
 // packages of the node, besides Debian's essential ones.
 var packages = []string{
-	"linux-image-cloud-amd64", "initramfs-tools", "lz4", "busybox-static", "kmod",
+	"linux-image-cloud-amd64", "tiny-initramfs", "busybox-static", "kmod",
 	"systemd", "systemd-sysv", "systemd-timesyncd", "systemd-resolved", "libpam-systemd", "dbus", "udev",
 	"cloud-init", "cloud-guest-utils", "openssh-server", "ca-certificates",
 	"nftables", "iproute2", "conntrack", "ethtool",
@@ -61,7 +61,7 @@ func (b *builder) base(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	initramfs := filepath.Join(b.Source, "images", "rootfs", "etc", "initramfs-tools")
+	initramfs := filepath.Join(b.Source, "images", "rootfs", "etc", "tiny-initramfs")
 	tree, err := treeKey(initramfs)
 	if err != nil {
 		return "", err

@@ -19,7 +19,7 @@ const (
 	diskStep = "node image"
 	sector   = 512
 	// diskSize is that of the smallest system disk; on a larger one cloud-init grows
-	// the partition, and systemd the file system.
+	// partition and file system.
 	diskSize = 10 << 30
 	// rootStart is where the partition starts, aligned for every kind of storage.
 	// The boot loader has its place before it.

@@ -59,6 +59,12 @@ func CacheDir() (string, error) {
 // nothing behind that a later build takes for finished.
 func Build(ctx context.Context, o Options) (*Artifacts, error) {
 	b := &builder{Options: o, keys: map[string]string{}}
+	for _, dir := range []*string{&b.Source, &b.Cache} { // commands run in directories of their own
+		var err error
+		if *dir, err = filepath.Abs(*dir); err != nil {
+			return nil, err
+		}
+	}
 	unlock, err := b.lock(ctx)
 	if err != nil {
 		return nil, err
