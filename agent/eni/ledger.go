@@ -260,6 +260,9 @@ func (l *ledger) sync() error {
 	l.mu.Lock()
 	j := l.journal
 	l.mu.Unlock()
+	if j == nil {
+		return fmt.Errorf("sync ledger: %w", os.ErrClosed)
+	}
 	return j.sync()
 }
 
