@@ -46,6 +46,7 @@ const (
 	applyDeadline = 2 * time.Minute
 	grace         = 5 * time.Second       // after a deadline, before the instance counts as stuck
 	gap           = 20 * time.Millisecond // between two plans of one instance: wakes coalesce
+	maxRounds     = 8                     // of applying what is new before an instance counts as not converging
 	backoffMin    = 500 * time.Millisecond
 	backoffMax    = time.Minute
 	terminalRetry = 5 * time.Minute // a look whether the human has acted

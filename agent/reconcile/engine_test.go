@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -148,6 +149,31 @@ func TestLaw1NotConvergingShowsBothPlans(t *testing.T) {
 			t.Errorf("state %s once the cause is gone", st.State)
 		}
 	})
+}
+
+// TestLaw1TheWorldMovesOn: what is new after an apply is applied as well; a change
+// that has to be made again, or no end of new ones, is not converging.
+func TestLaw1TheWorldMovesOn(t *testing.T) {
+	for _, c := range []struct {
+		more, names int // plans that are not empty, and different ones among them
+		want        State
+		applies     int
+	}{{3, 3, Converged, 3}, {4, 2, NotConverging, 2}, {100, 100, NotConverging, maxRounds}} {
+		synctest.Test(t, func(t *testing.T) {
+			m := &thing{name: "0", cond: node.DisksReady, sticky: true}
+			plans := 0
+			m.onPlan = func(context.Context) {
+				m.set(func() { m.name, m.done = strconv.Itoa(plans%c.names), plans >= c.more })
+				plans++
+			}
+			e, _, stop := run(t, m)
+			defer stop()
+			settle(10 * time.Millisecond)
+			if st := e.Status()[0]; st.State != c.want || m.applies != c.applies {
+				t.Errorf("%+v: state %s after %d applies", c, st.State, m.applies)
+			}
+		})
+	}
 }
 
 func TestLaw2FailedWatchForcesAPlan(t *testing.T) {

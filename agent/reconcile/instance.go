@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -100,8 +101,8 @@ func (in *instance) step(ctx context.Context) (floor, ceiling time.Duration) {
 	case <-in.woken:
 	default:
 	}
-	var applied node.Plan
-	for {
+	var applied node.Plan // all that this step has applied
+	for round := 0; ; round++ {
 		plan, err := in.plan(ctx)
 		switch {
 		case ctx.Err() != nil:
@@ -112,7 +113,7 @@ func (in *instance) step(ctx context.Context) (floor, ceiling time.Duration) {
 			in.failures = 0
 			in.set(InstanceStatus{State: Converged, Reason: "Converged", NextTry: after(plan.Again)})
 			return 0, plan.Again
-		case !applied.Empty():
+		case round == maxRounds || repeats(applied, plan):
 			return in.notConverging(applied, plan)
 		}
 		in.set(InstanceStatus{State: Applying, Reason: "Applying", Message: plan.Changes[0].Text, Changes: texts(plan)})
@@ -130,8 +131,14 @@ func (in *instance) step(ctx context.Context) (floor, ceiling time.Duration) {
 			in.log.Info("changed", "change", c.Text)
 		}
 		in.log.Info("applied", "changes", len(plan.Changes), "took", time.Since(started).Round(time.Millisecond))
-		applied = plan
+		applied.Changes = append(applied.Changes, plan.Changes...)
 	}
+}
+
+// repeats reports whether a change that was applied is to be made again. One that
+// is new is no failure: the world has moved on meanwhile.
+func repeats(applied, plan node.Plan) bool {
+	return slices.ContainsFunc(plan.Changes, func(c node.Change) bool { return slices.Contains(texts(applied), c.Text) })
 }
 
 // plan calls Plan with its deadline. A Plan that outlives it hands its result to
