@@ -53,6 +53,12 @@ func TestKernelPodHasVPCAddress(t *testing.T) {
 		if again := web.add(); again != webAddr {
 			t.Errorf("repeated ADD: %s, want %s", again, webAddr)
 		}
+		if _, err := web.plugin("DEL", nil); err != nil {
+			t.Error(err)
+		}
+		if again := web.add(); again == webAddr { // at once, while the old veth may still be there
+			t.Errorf("%s has not rested", again)
+		}
 
 		for range 2 { // DEL is idempotent
 			for _, p := range []*pod{web, client} {
@@ -61,7 +67,10 @@ func TestKernelPodHasVPCAddress(t *testing.T) {
 				}
 			}
 		}
-		n.converge()
+		if p := n.plan(); !p.Empty() {
+			t.Errorf("plan after DEL:\n%s", p)
+		}
+		must(t, n.net.paths.reap())
 		if after := n.kernelDump(); after != before {
 			t.Errorf("after DEL:\n%s\nbefore ADD:\n%s", after, before)
 		}
@@ -70,7 +79,7 @@ func TestKernelPodHasVPCAddress(t *testing.T) {
 		}
 		s, err := n.net.State()
 		must(t, err)
-		if len(s.Pods) != 0 || s.ENIs[0].Addresses[0].State != "cooling" || s.ENIs[0].Addresses[2].State != "free" {
+		if len(s.Pods) != 0 || len(s.ENIs[0].Addresses) != 3 || s.ENIs[0].Addresses[0].State != "cooling" {
 			t.Errorf("state after DEL: %+v", s)
 		}
 	})

@@ -6,9 +6,12 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/vishvananda/netlink"
 
 	"github.com/tkenode/tkenode/agent/eni/cni"
 	"github.com/tkenode/tkenode/agent/node"
@@ -32,6 +35,10 @@ type Paths struct {
 	// wanted is what is wanted as of version wantedAt of the ledger, and scene.
 	wanted   map[string]string
 	wantedAt int
+
+	dying   sync.Map   // names of veths that reap removes
+	reaping sync.Mutex // guards reaper
+	reaper  *kernel
 
 	moves atomic.Int64 // odd while a pod is being wired; changes with every one
 }
@@ -130,6 +137,7 @@ func (p *Paths) compare(primary string) ([]step, scene, error) {
 	if err != nil {
 		return nil, scene{}, err
 	}
+	links = slices.DeleteFunc(links, func(l netlink.Link) bool { return p.isDying(l.Attrs().Name) })
 	sc := survey(s, links)
 	sc.primary = primary
 	sc.files = p.files()
@@ -281,13 +289,18 @@ func (p *Paths) end(k *kernel) {
 // wire makes everything that the pod needs. Nothing is listed before a pod whose
 // link does not exist; a repeated ADD is a repair.
 func (p *Paths) wire(pod Pod) error {
+	name, _, _ := vethOf(pod.Attachment)
+	if p.isDying(name) { // the container was just removed, and is added again
+		if err := p.reap(); err != nil {
+			return err
+		}
+	}
 	k, err := p.begin()
 	if err != nil {
 		return err
 	}
 	defer p.end(k)
 	var have []object
-	name, _, _ := vethOf(pod.Attachment)
 	if _, err := k.nl.LinkByName(name); err == nil {
 		if have, err = k.observeAll(pod); err != nil {
 			return err
@@ -342,8 +355,7 @@ func (k *kernel) observeAll(pod Pod) ([]object, error) {
 	return append(host, inside...), err
 }
 
-// unwire removes what leads packets to and from the pod. Its veth, which takes
-// the kernel long to remove, is left to the module's loop.
+// unwire removes what leads packets to and from the pod. Its veth is left to reap.
 func (p *Paths) unwire(pod Pod) error {
 	k, err := p.begin()
 	if err != nil {
@@ -358,16 +370,46 @@ func (p *Paths) unwire(pod Pod) error {
 			err = errors.Join(err, o.drop(k))
 		}
 	}
+	name, _, _ := vethOf(pod.Attachment)
+	p.dying.Store(name, nil)
 	return err
 }
 
+func (p *Paths) isDying(name string) bool {
+	_, ok := p.dying.Load(name)
+	return ok
+}
+
+// reap removes the veths of pods that were unwired. It takes the kernel some 20 ms
+// for each, so nobody waits for it: neither a DEL nor, behind the lock, an ADD.
+// What it leaves, the plan removes.
+func (p *Paths) reap() error {
+	p.reaping.Lock()
+	defer p.reaping.Unlock()
+	var all error
+	p.dying.Range(func(name, _ any) bool {
+		if p.reaper == nil {
+			k, err := openKernel()
+			if err != nil {
+				all = err
+				return false
+			}
+			p.reaper = k
+		}
+		all = errors.Join(all, p.reaper.deleteVeth(name.(string)))
+		p.dying.Delete(name)
+		return true
+	})
+	return all
+}
+
 func (p *Paths) close() error {
-	p.observing.Lock()
-	defer p.observing.Unlock()
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	for _, mu := range []*sync.Mutex{&p.observing, &p.reaping, &p.mu} {
+		mu.Lock()
+		defer mu.Unlock()
+	}
 	var err error
-	for _, k := range []**kernel{&p.eyes, &p.hands} {
+	for _, k := range []**kernel{&p.eyes, &p.hands, &p.reaper} {
 		if *k != nil {
 			err = errors.Join(err, (*k).close())
 			*k = nil

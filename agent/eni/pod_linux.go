@@ -108,6 +108,21 @@ func (o veth) put(k *kernel) error {
 	return k.nl.LinkSetAlias(l, alias(o.pod))
 }
 
+// deleteVeth removes a veth of ours by name.
+func (k *kernel) deleteVeth(name string) error {
+	l, err := k.nl.LinkByName(name)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return nil // it went with the pod's network namespace
+	}
+	if err != nil || !ours(l) {
+		return err
+	}
+	if err := ignore(k.nl.LinkDel(l), unix.ENODEV); err != nil {
+		return fmt.Errorf("delete veth %s: %w", name, err)
+	}
+	return nil
+}
+
 // drop removes a veth that was found, unless it has become a pod's since.
 func (o veth) drop(k *kernel) error {
 	l, err := k.nl.LinkByName(o.name)

@@ -104,9 +104,9 @@ func (n *Network) answer(ctx context.Context, conn net.Conn, uid uint32) error {
 			n.log.Warn("answer CNI call", "err", err)
 		}
 	}
-	err := conn.Close()
+	conn.Close()
 	gone.Wait()
-	return err
+	return n.paths.reap()
 }
 
 func authorize(conn net.Conn, uid uint32) error {
