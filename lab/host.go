@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"net/netip"
@@ -72,7 +73,7 @@ func (h *host) nic(n cloud.NIC) cvm.NIC {
 	return cvm.NIC{ID: n.ENI, MAC: n.MAC, Socket: h.socket(n.ENI)}
 }
 
-// disk returns the raw file behind a volume; one that is not there yet is all
+// disk returns the raw file behind a volume. What nobody has written to it is
 // zeros, and takes no space.
 func (h *host) disk(v cloud.Volume) (cvm.Disk, error) {
 	path := h.diskPath(v.Disk)
@@ -82,6 +83,9 @@ func (h *host) disk(v cloud.Volume) (cvm.Disk, error) {
 	}
 	defer f.Close()
 	st, err := f.Stat()
+	if err == nil && st.Size() == 0 && v.Content != "" {
+		err = fill(f, v.Content)
+	}
 	if err == nil && st.Size() < int64(v.SizeGiB)<<30 {
 		err = f.Truncate(int64(v.SizeGiB) << 30)
 	}
@@ -89,6 +93,16 @@ func (h *host) disk(v cloud.Volume) (cvm.Disk, error) {
 		return cvm.Disk{}, fmt.Errorf("size volume %s: %w", v.Disk, err)
 	}
 	return cvm.Disk{ID: v.Disk, Path: path}, nil
+}
+
+func fill(f *os.File, from string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	_, err = io.Copy(f, in)
+	return err
 }
 
 // Run starts an instance and follows its console.
@@ -116,6 +130,7 @@ func (h *host) Run(ctx context.Context, m cloud.Machine) error {
 	var vm *cvm.Machine
 	var err error
 	if snapshot != "" {
+		spec.CPUs, spec.MemoryMiB = 0, 0 // what the snapshot was taken with
 		vm, err = cvm.Restore(ctx, spec, snapshot)
 	} else {
 		vm, err = cvm.Start(ctx, spec)

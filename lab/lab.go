@@ -9,6 +9,7 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -42,6 +43,7 @@ var (
 // Options say what a lab is made of.
 type Options struct {
 	Dir   string // of this lab: sockets, disks, logs
+	Cache string // what outlives it: the login key and snapshots of machines; default Dir
 	Bin   string // the built components
 	Image string // the node image
 	// Delays of the cloud; the zero value are the real-life ones.
@@ -65,12 +67,16 @@ type Lab struct {
 	Monitor *monitor.Monitor
 	host    *host
 
+	// cutAPIServer makes the API server unreachable for nodes: connections are refused.
+	cutAPIServer func() error
+
 	servers sync.WaitGroup
 	closers []func(context.Context) error // last first
 }
 
 // Start starts the region; it is ready when Start returns.
 func Start(ctx context.Context, o Options) (_ *Lab, err error) {
+	o.Cache = cmp.Or(o.Cache, o.Dir)
 	l := &Lab{options: o, log: o.Log}
 	defer func() {
 		if err != nil {
@@ -84,7 +90,7 @@ func Start(ctx context.Context, o Options) (_ *Lab, err error) {
 			return nil, fmt.Errorf("make lab directory: %w", err)
 		}
 	}
-	if l.key, err = newLoginKey(o.Dir); err != nil {
+	if l.key, err = newLoginKey(o.Cache); err != nil {
 		return nil, err
 	}
 	if l.ca, err = newAuthority(); err != nil {
@@ -185,7 +191,7 @@ func (l *Lab) startControlPlane(ctx context.Context) error {
 		return err
 	}
 	l.onStop(func(context.Context) error { return l.Cluster.Stop() })
-	return l.forward(apiServerAddr, l.Cluster.LocalAddress().String())
+	return l.forwardAPIServer()
 }
 
 func (l *Lab) startMonitor(ctx context.Context) error {
@@ -199,7 +205,14 @@ func (l *Lab) startMonitor(ctx context.Context) error {
 		return err
 	}
 	l.onStop(l.Monitor.Stop)
-	return l.forward(monitorAddr, l.Monitor.Addr())
+	_, err = l.forward(monitorAddr, l.Monitor.Addr())
+	return err
+}
+
+// forwardAPIServer lets nodes reach the API server, until cutAPIServer.
+func (l *Lab) forwardAPIServer() (err error) {
+	l.cutAPIServer, err = l.forward(apiServerAddr, l.Cluster.LocalAddress().String())
+	return err
 }
 
 // Dial opens a connection to a machine or a pod of the VPC, from another address

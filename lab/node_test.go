@@ -23,17 +23,22 @@ import (
 // missing, so that it can be run by itself.
 func artifacts(t *testing.T) *images.Artifacts {
 	t.Helper()
-	cache, err := images.CacheDir()
-	if err != nil {
-		t.Fatal(err)
-	}
 	a, err := images.Build(t.Context(), images.Options{
-		Source: "..", Cache: cache, Debs: []string{filepath.Join(cache, "tkenode.deb")}, Progress: logProgress{t},
+		Source: "..", Cache: cache(t), Debs: []string{filepath.Join(cache(t), "tkenode.deb")}, Progress: logProgress{t},
 	})
 	if err != nil {
 		t.Fatalf("build: %v; run: make test-node", err)
 	}
 	return a
+}
+
+func cache(t *testing.T) string {
+	t.Helper()
+	dir, err := images.CacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 type logProgress struct{ t *testing.T }
@@ -62,7 +67,7 @@ func startLab(t *testing.T) *Lab {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
-	l, err := Start(ctx, Options{Dir: dir, Bin: a.Bin, Image: a.Disk, Log: slog.New(slog.NewTextHandler(log, nil))})
+	l, err := Start(ctx, Options{Dir: dir, Cache: cache(t), Bin: a.Bin, Image: a.Disk, Log: slog.New(slog.NewTextHandler(log, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -48,11 +48,11 @@ func (l *Lab) serve(name string, at netip.AddrPort, certificate *tls.Certificate
 }
 
 // forward passes connections to an address of the VPC on to a process of the lab
-// on the loopback interface.
-func (l *Lab) forward(at netip.AddrPort, to string) error {
+// on the loopback interface, until stop is called or the lab stops.
+func (l *Lab) forward(at netip.AddrPort, to string) (stop func() error, err error) {
 	listener, err := l.Net.Listen(at)
 	if err != nil {
-		return fmt.Errorf("listen for %s: %w", to, err)
+		return nil, fmt.Errorf("listen for %s: %w", to, err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	l.servers.Go(func() {
@@ -68,8 +68,9 @@ func (l *Lab) forward(at netip.AddrPort, to string) error {
 			})
 		}
 	})
-	l.onStop(func(context.Context) error { cancel(); return listener.Close() })
-	return nil
+	stop = sync.OnceValue(func() error { cancel(); return listener.Close() })
+	l.onStop(func(context.Context) error { return stop() })
+	return stop, nil
 }
 
 // splice copies both ways between in and a new connection to the address, until

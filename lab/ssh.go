@@ -27,12 +27,15 @@ type loginKey struct {
 	public string // one line of authorized_keys
 }
 
-// newLoginKey reads the key pair in dir, or makes one.
+// newLoginKey reads the key pair in dir, or makes one. It stays the same from lab
+// to lab, since snapshots of machines know its public half.
 func newLoginKey(dir string) (loginKey, error) {
 	path := filepath.Join(dir, "ssh_key")
 	text, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
-		text, err = writeLoginKey(path)
+		if err = writeLoginKey(path); err == nil {
+			text, err = os.ReadFile(path)
+		}
 	}
 	if err != nil {
 		return loginKey{}, fmt.Errorf("make login key: %w", err)
@@ -44,17 +47,30 @@ func newLoginKey(dir string) (loginKey, error) {
 	return loginKey{path, signer, strings.TrimSpace(string(ssh.MarshalAuthorizedKey(signer.PublicKey())))}, nil
 }
 
-func writeLoginKey(path string) ([]byte, error) {
+// writeLoginKey makes a key pair, unless another process is faster: the file
+// appears whole, and once.
+func writeLoginKey(path string) error {
 	_, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	block, err := ssh.MarshalPrivateKey(private, "tkelab")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	text := pem.EncodeToMemory(block)
-	return text, os.WriteFile(path, text, 0o600)
+	f, err := os.CreateTemp(filepath.Dir(path), "ssh_key-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.Write(pem.EncodeToMemory(block))
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err := os.Link(f.Name(), path); !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	return nil
 }
 
 // SSH runs a command on the CVM as the image's default user,

@@ -69,7 +69,7 @@ func serve(ctx context.Context, _ []string) error {
 		}
 	}()
 	l, err := lab.Start(ctx, lab.Options{
-		Dir: labDir(), Bin: binDir(), Image: os.Getenv("TKELAB_IMAGE"), Log: log,
+		Dir: labDir(), Cache: cacheDir(), Bin: binDir(), Image: os.Getenv("TKELAB_IMAGE"), Log: log,
 		Begin: func(s string) { tell(event{Begin: s}) },
 		End: func(s string, err error) {
 			e := event{End: s}

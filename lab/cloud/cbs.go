@@ -137,7 +137,7 @@ func (r *Region) attachDisks(id string, in *attachDisksIn) (any, error) {
 		r.begin(id, work{
 			action: "AttachDisks", target: []string{d.ID}, takes: r.config.Delays.Attach,
 			do: func(ctx context.Context) error {
-				return r.hypervisor.PlugDisk(ctx, instance.ID, Volume{d.ID, d.SizeGiB})
+				return r.hypervisor.PlugDisk(ctx, instance.ID, Volume{d.ID, d.SizeGiB, d.Content})
 			},
 			done: func(err error) {
 				if d.State, d.LastInstance = attached, instance.ID; err != nil {

@@ -102,10 +102,11 @@ type NIC struct {
 }
 
 // Volume is the end of a CBS disk in a machine: its serial is its id. One that
-// the hypervisor has not seen yet is all zeros.
+// the hypervisor has not seen yet is a copy of Content, and zeros after it.
 type Volume struct {
 	Disk    string
 	SizeGiB int
+	Content string // a file; empty: none
 }
 
 // Machine is what an instance is started from.

@@ -27,6 +27,9 @@ type DiskSpec struct {
 	SizeGiB            int
 	Type               string // default CLOUD_PREMIUM
 	DeleteWithInstance bool
+	// Content is a raw file of the hypervisor's that the disk begins as, as one made
+	// from a snapshot does; empty: blank.
+	Content string
 }
 
 const (
@@ -53,7 +56,7 @@ func (r *Region) Launch(ctx context.Context, spec InstanceSpec) (Instance, error
 	}
 	for _, d := range disks {
 		if !d.System {
-			m.Volumes = append(m.Volumes, Volume{d.ID, d.SizeGiB})
+			m.Volumes = append(m.Volumes, Volume{d.ID, d.SizeGiB, d.Content})
 		}
 	}
 	err = r.fabric.Attach(Port{
@@ -135,7 +138,7 @@ func (r *Region) create(spec InstanceSpec) (Instance, ENI, []Disk, error) {
 		if d.Type == "" {
 			d.Type = defaultDiskType
 		}
-		disks = append(disks, Disk{ID: newID("disk-"), Type: d.Type, SizeGiB: d.SizeGiB, DeleteWithInstance: d.DeleteWithInstance})
+		disks = append(disks, Disk{ID: newID("disk-"), Type: d.Type, SizeGiB: d.SizeGiB, DeleteWithInstance: d.DeleteWithInstance, Content: d.Content})
 	}
 	for i := range disks {
 		d := &disks[i]

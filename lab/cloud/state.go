@@ -88,6 +88,7 @@ type Disk struct {
 	Instance           string
 	LastInstance       string
 	DeleteWithInstance bool
+	Content            string // see DiskSpec
 	Created            time.Time
 }
 
