@@ -60,15 +60,17 @@ func (a *Agent) source(collector *metrics.Collector) api.Source {
 // journal and on the console, shows the first unmet one in systemctl status, and
 // keeps the ledger of the boot.
 func (a *Agent) tell(ctx context.Context) error {
-	before := map[node.ConditionType]node.Status{}
+	told := map[node.ConditionType]node.Condition{}
 	for {
 		_, changed := a.board.Unmet()
+		var instances []reconcile.InstanceStatus
 		if e := a.engine.Load(); e != nil {
-			a.ledger.note(e.Status())
+			instances = e.Status()
+			a.ledger.note(instances)
 		}
 		conditions := a.board.Conditions()
 		for _, c := range conditions {
-			if before[c.Type] == c.Status || before[c.Type] == "" && c.Status != node.True {
+			if !isNews(told[c.Type], c, instances) {
 				continue
 			}
 			line := fmt.Sprintf("%s is %s", c.Type, c.Status)
@@ -77,7 +79,7 @@ func (a *Agent) tell(ctx context.Context) error {
 				line += ": " + c.Reason + ": " + c.Message
 			}
 			fmt.Fprintf(a.options.Console, "tkenode: %s\n", line)
-			before[c.Type] = c.Status
+			told[c.Type] = c
 		}
 		status := "every condition is met"
 		if i := slices.IndexFunc(conditions, func(c node.Condition) bool { return c.Status != node.True }); i >= 0 {
@@ -93,6 +95,17 @@ func (a *Agent) tell(ctx context.Context) error {
 		case <-changed:
 		}
 	}
+}
+
+// isNews reports whether a condition is to be told of after what was told last.
+// Nobody has to hear that it is not True yet, unless a human must act for it.
+func isNews(told, now node.Condition, instances []reconcile.InstanceStatus) bool {
+	if now.Status != node.True && slices.ContainsFunc(instances, func(in reconcile.InstanceStatus) bool {
+		return in.Condition == now.Type && in.Class == node.ClassTerminal.String() && in.Reason == now.Reason
+	}) {
+		return told.Status == node.True || told.Reason != now.Reason
+	}
+	return told.Status != now.Status && (told.Status != "" || now.Status == node.True)
 }
 
 // watchdog says READY once the socket answers, and then feeds systemd's watchdog

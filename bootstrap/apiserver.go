@@ -214,6 +214,12 @@ func (s *apiServer) unreachable(err error) error {
 	if e, ok := errors.AsType[*node.Error](err); ok {
 		return e
 	}
+	if e, ok := errors.AsType[*url.Error](err); ok {
+		err = e.Err // without method and URL, which nobody asked about
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("nothing came within %s", apiTimeout)
+	}
 	return &node.Error{Class: node.ClassWaiting, Reason: ReasonUnreachable,
 		Fix: "check the route, the security groups and the load balancer between this node and it",
 		Err: fmt.Errorf("API server %s does not answer: %w", s.endpoint, err)}

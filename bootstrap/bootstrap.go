@@ -254,7 +254,7 @@ func silent(err error) error {
 		return nil
 	}
 	return &node.Error{Class: node.ClassWaiting, Reason: ReasonMetadataSilent,
-		Fix: "it answers every instance at http://169.254.0.23: check this one's route and firewall", Err: fmt.Errorf("metadata service does not answer as it should: %w", err)}
+		Fix: "if it lasts: check this node's route and firewall to 169.254.0.23, then ask Tencent Cloud", Err: err}
 }
 
 func (r *run) readZone(ctx context.Context) error {

@@ -2,6 +2,7 @@ package bootstrap
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -291,6 +292,15 @@ func TestFirstBoot(t *testing.T) {
 		"metadata-late": {
 			set: func(s *stage) {
 				s.userDataError = s.until(time.Minute, fmt.Errorf("Get \"http://169.254.0.23/latest/user-data\": %w", refused))
+			},
+			took: [2]time.Duration{time.Minute, 63 * time.Second},
+		},
+		// What was waited for has changed: the console says so at once, not when the
+		// wait has doubled.
+		"metadata-late-then-500": {
+			set: func(s *stage) {
+				first, second := s.until(45*time.Second, refused), s.until(time.Minute, errors.New("HTTP 500"))
+				s.userDataError = func() error { return cmp.Or(first(), second()) }
 			},
 			took: [2]time.Duration{time.Minute, 63 * time.Second},
 		},

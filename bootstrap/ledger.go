@@ -2,6 +2,7 @@ package bootstrap
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -26,9 +27,10 @@ type ledger struct {
 	file   string
 	sealed node.Sealed
 
-	waitSince time.Time     // the wait under way began then; zero: none is
-	nextWord  time.Duration // how old it must be to be spoken of again
-	nagged    bool
+	waitSince time.Time       // the wait under way began then; zero: none is
+	nextWord  time.Duration   // how old it must be to be spoken of again
+	spoken    map[string]bool // kinds of causes that were spoken of
+	lastWord  time.Time
 }
 
 func newLedger(o Options) *ledger {
@@ -51,7 +53,7 @@ func (l *ledger) say(format string, args ...any) {
 func (l *ledger) step(name string, do func() error) error {
 	began := time.Now()
 	l.report.Steps = append(l.report.Steps, node.ReportStep{Name: name, Began: began})
-	l.enter(name, nil)
+	l.enter(name, began, nil)
 	err := do()
 	if err == nil {
 		l.report.Steps[len(l.report.Steps)-1].Ended = time.Now()
@@ -62,8 +64,8 @@ func (l *ledger) step(name string, do func() error) error {
 }
 
 // enter puts phase and error into the report.
-func (l *ledger) enter(phase string, err error) {
-	l.report.Phase, l.report.Since = phase, time.Now()
+func (l *ledger) enter(phase string, since time.Time, err error) {
+	l.report.Phase, l.report.Since = phase, since
 	l.report.Class, l.report.Reason, l.report.Message = "", "", ""
 	if err != nil {
 		l.report.Class, l.report.Reason, l.report.Message = node.ClassOf(err).String(), node.ReasonOf(err, ReasonState), err.Error()
@@ -71,41 +73,54 @@ func (l *ledger) enter(phase string, err error) {
 	l.write()
 }
 
-// waiting is told the reason after each attempt of a wait. Only a reason that is
-// new, or a wait that has grown, is news.
+// waiting is told the reason after each attempt of a wait. The report has the last
+// one; journal and console are told when the cause is one that they have not heard
+// of, and when the wait has grown.
 func (l *ledger) waiting(err error) {
 	if l.waitSince.IsZero() {
-		l.waitSince, l.nextWord = time.Now(), firstWord
+		l.waitSince, l.nextWord, l.spoken = time.Now(), firstWord, map[string]bool{}
 	}
-	reason := node.ReasonOf(err, ReasonState)
-	if reason != l.report.Reason {
-		l.enter(l.report.Phase, err)
-		l.report.Since = l.waitSince
-	}
-	age := time.Since(l.waitSince)
-	if age < l.nextWord {
+	l.enter(l.report.Phase, l.waitSince, err)
+	age, kind := time.Since(l.waitSince), kindOf(err)
+	unheard := !l.spoken[kind] && len(l.spoken) < maxKinds && age >= firstWord && time.Since(l.lastWord) >= firstWord
+	if age < l.nextWord && !unheard {
 		return
 	}
 	for l.nextWord <= age {
 		l.nextWord += min(l.nextWord, longestHush)
 	}
-	l.nagged = true
-	l.report.Message = err.Error()
-	l.write()
-	l.o.Log.Warn("waiting", "step", l.report.Phase, "reason", reason, "since", l.waitSince, "err", err)
+	l.spoken[kind], l.lastWord = true, time.Now()
+	l.o.Log.Warn("waiting", "step", l.report.Phase, "reason", l.report.Reason, "since", l.waitSince, "err", err)
 	l.say("waiting for %s: %v", age.Round(time.Second), err)
+}
+
+// maxKinds bounds how many causes of one wait are news.
+const maxKinds = 8
+
+// kindOf is what two errors of one kind have in common: the innermost cause,
+// without times and port numbers.
+func kindOf(err error) string {
+	for inner := err; inner != nil; inner = errors.Unwrap(inner) {
+		err = inner
+	}
+	return strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' {
+			return -1
+		}
+		return r
+	}, err.Error())
 }
 
 // waited ends a wait; err is why in vain.
 func (l *ledger) waited(err error) {
-	if l.nagged && err == nil {
+	if len(l.spoken) > 0 && err == nil {
 		l.say("%s is over, after %s", l.report.Reason, time.Since(l.waitSince).Round(time.Second))
 	}
 	if l.waitSince.IsZero() {
 		return
 	}
-	l.waitSince, l.nagged = time.Time{}, false
-	l.enter(l.report.Phase, nil)
+	l.waitSince, l.spoken = time.Time{}, nil
+	l.enter(l.report.Phase, time.Now(), nil)
 }
 
 // confirm enters which sealed configuration is this instance's own.
@@ -119,13 +134,13 @@ func (l *ledger) confirm(s node.Sealed) {
 func (l *ledger) end(err error) {
 	if err == nil {
 		l.report.Done = true
-		l.enter("done", nil)
+		l.enter("done", time.Now(), nil)
 		l.o.Log.Info("joined", "generation", l.sealed.Generation, "node", l.sealed.Config.Name(l.sealed.Facts))
 		l.say("node %s of %s: joined, generation %d", l.sealed.Config.Name(l.sealed.Facts), l.sealed.Config.Cluster.ID, l.sealed.Generation)
 		return
 	}
 	phase := l.report.Phase
-	l.enter(phase, err)
+	l.enter(phase, time.Now(), err)
 	l.o.Log.Error("not joined", "step", phase, "class", l.report.Class, "reason", l.report.Reason, "err", err)
 	l.say("NOT JOINED, stopped at %s: %s", phase, l.report.Reason)
 	l.say("%v", err)

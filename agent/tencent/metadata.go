@@ -3,12 +3,14 @@ package tencent
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"net/url"
 	"strings"
 	"time"
 
@@ -114,7 +116,7 @@ func isWord(s string) bool {
 // waiting when ctx ends before that.
 func (m *Metadata) get(ctx context.Context, path string, limit int64) ([]byte, error) {
 	start, pause, nag := time.Now(), metadataBackoff, time.Duration(0)
-	for try := 1; ; try++ {
+	for {
 		b, again, err := m.once(ctx, path, limit)
 		if err == nil {
 			if nag > 0 {
@@ -133,8 +135,7 @@ func (m *Metadata) get(ctx context.Context, path string, limit int64) ([]byte, e
 		case <-time.After(pause/2 + rand.N(pause/2)):
 			pause = min(2*pause, metadataMaxPause)
 		case <-ctx.Done():
-			return nil, node.Waiting("MetadataLate", "metadata service at %s has not answered %s for %s, %d tries: %w",
-				m.url, path, time.Since(start).Round(time.Second), try, err)
+			return nil, node.Waiting("MetadataLate", "metadata service %s gives no %s: %w", m.url, path, err)
 		}
 	}
 }
@@ -149,12 +150,12 @@ func (m *Metadata) once(ctx context.Context, path string, limit int64) (body []b
 	}
 	resp, err := m.HTTP.Do(req)
 	if err != nil {
-		return nil, true, err
+		return nil, true, plain(err)
 	}
 	defer resp.Body.Close()
 	switch body, err = io.ReadAll(io.LimitReader(resp.Body, limit+1)); {
 	case err != nil:
-		return nil, true, err
+		return nil, true, plain(err)
 	case resp.StatusCode == http.StatusNotFound:
 		return nil, false, ErrNotFound
 	case resp.StatusCode != http.StatusOK:
@@ -164,3 +165,17 @@ func (m *Metadata) once(ctx context.Context, path string, limit int64) (body []b
 	}
 	return body, false, nil
 }
+
+// plain takes off what the message says anyway: method and URL, and Go's words
+// for a time that is up.
+func plain(err error) error {
+	if e, ok := errors.AsType[*url.Error](err); ok {
+		err = e.Err
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return errTimeUp
+	}
+	return err
+}
+
+var errTimeUp = errors.New("no answer in time")
