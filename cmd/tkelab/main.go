@@ -77,7 +77,7 @@ func run(args []string) int {
 			fmt.Fprintf(os.Stderr, "tkelab: %v\nusage: tkelab %s %s\n", err, c.name, c.args)
 			return exitUsage
 		case ctx.Err() != nil:
-			fmt.Fprintln(os.Stderr, "tkelab: interrupted; nothing is left behind")
+			fmt.Fprintln(os.Stderr, "tkelab: interrupted")
 			return exitInterrupt
 		}
 		var status exitStatus

@@ -127,8 +127,13 @@ func (s *server) run(ctx context.Context, ready func()) error {
 	}
 	ready()
 	<-ctx.Done()
+	// Answers under way get a moment, such as the one to whoever asked for the end.
+	sctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
 	for _, server := range servers {
-		server.Close()
+		if server.Shutdown(sctx) != nil {
+			server.Close()
+		}
 	}
 	wg.Wait()
 	return nil
