@@ -31,6 +31,7 @@ const (
 // containerImage says what is in an image and what it runs.
 type containerImage struct {
 	file      string   // of the archive
+	onNode    bool     // carried by the node image: its import is part of every first boot
 	component string   // the binary at /<component>
 	debian    []string // programs from the node's own file system, with their libraries
 	files     []ociFile
@@ -42,7 +43,7 @@ const nobody = "65535:65535"
 
 var containerImages = map[string]containerImage{
 	Pause: {
-		file: "pause.tar", component: "pause",
+		file: "pause.tar", onNode: true, component: "pause",
 		config: ociConfig{User: nobody, Entrypoint: []string{"/pause"}},
 	},
 	CoreDNS: {
@@ -59,7 +60,7 @@ var containerImages = map[string]containerImage{
 		config: ociConfig{Entrypoint: []string{"/kube-proxy"}, Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}},
 	},
 	Web: {
-		file: "web.tar", debian: []string{"usr/bin/busybox"},
+		file: "web.tar", onNode: true, debian: []string{"usr/bin/busybox"},
 		files: append(busyboxLinks("sh", "cat", "date", "echo", "env", "hostname", "httpd", "id", "ip", "ls", "mount",
 			"nc", "nslookup", "ping", "ps", "sleep", "stat", "touch", "wget", "dd", "df", "head", "tail", "grep", "sed",
 			"kill", "test", "true", "false", "seq", "md5sum", "sync", "rm", "mkdir", "uname", "vi", "tar"),

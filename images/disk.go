@@ -106,7 +106,9 @@ func (b *builder) stage(ctx context.Context, dir string) error {
 		}
 	}
 	for _, image := range containerImages {
-		links["images/"+image.file] = filepath.Join(b.ociDir(), image.file)
+		if image.onNode {
+			links["images/"+image.file] = filepath.Join(b.ociDir(), image.file)
+		}
 	}
 	for name, to := range links {
 		at := filepath.Join(dir, name)

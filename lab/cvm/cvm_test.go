@@ -39,7 +39,7 @@ func TestArguments(t *testing.T) {
 		{"-device", "virtio-net-pci,bus=port0,id=eni-test0001,mac=52:54:00:01:02:03,netdev=net-eni-test0001,romfile="},
 		{"-blockdev", "raw,discard=unmap,file.driver=file,file.filename=/lab/disk,node-name=blk-disk-test0001"},
 		{"-device", "virtio-blk-pci,bus=port1,drive=blk-disk-test0001,id=disk-test0001,serial=disk-test0001"},
-		{"-device", "pcie-root-port,id=port27,bus=pcie.0,chassis=28,addr=0x5.3,multifunction=on"},
+		{"-device", "pcie-root-port,id=port11,bus=pcie.0,chassis=12,addr=0x3.3,multifunction=on"},
 	} {
 		if i := slices.Index(args, want[1]); i < 1 || args[i-1] != want[0] {
 			t.Errorf("no %s %s in\n%s", want[0], want[1], strings.Join(args, "\n"))
@@ -64,7 +64,7 @@ func TestSlots(t *testing.T) {
 			t.Fatalf("slot %d, %v", slot, err)
 		}
 	}
-	if _, err := m.takeSlot("one more"); err == nil || err.Error() != "all 28 slots are taken" {
+	if _, err := m.takeSlot("one more"); err == nil || err.Error() != "all 12 slots are taken" {
 		t.Errorf("err = %v", err)
 	}
 	m.freeSlot(rootPort(7))
