@@ -83,7 +83,14 @@ func (b *builder) mmdebstrap(ctx context.Context, out, sources, script, initramf
 	if err := os.WriteFile(hook, []byte(script), 0o755); err != nil {
 		return err
 	}
-	cmd := asRoot(os.Geteuid(), "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar",
+	// The tree is in a tmpfs that is gone with the namespace: faster, and an
+	// interrupted build leaves no files of other users behind.
+	tree := filepath.Join(filepath.Dir(out), "tree")
+	if err := os.Mkdir(tree, 0o755); err != nil {
+		return err
+	}
+	cmd := asRoot(os.Geteuid(), "sh", "-c",
+		`mount -t tmpfs -o mode=0755,size=90% tmpfs "$TMPDIR" && exec mmdebstrap "$@"`, "mmdebstrap", "--mode=root", "--variant=minbase", "--format=tar",
 		"--include="+strings.Join(packages, ","),
 		"--aptopt=Apt::Install-Recommends \"false\"",
 		// Documentation has no reader on a node; licences stay.
@@ -93,6 +100,7 @@ func (b *builder) mmdebstrap(ctx context.Context, out, sources, script, initramf
 		"--essential-hook=mkdir -p \"$1/etc\" && cp -r "+initramfs+" \"$1/etc/\"",
 		"--customize-hook="+hook,
 		debian, out, list)
+	cmd.Env = append(cmd.Env, "TMPDIR="+tree)
 	step := 0.0
 	return run(ctx, cmd, func(line string) {
 		note, ok := strings.CutPrefix(line, "I: ")

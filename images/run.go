@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"runtime"
 	"strings"
@@ -71,5 +72,8 @@ func asRoot(uid int, name string, args ...string) *exec.Cmd {
 	if uid != 0 {
 		ns = append(ns, "--user", "--map-root-user", "--map-auto")
 	}
-	return exec.Command("unshare", append(append(ns, "--", name), args...)...)
+	cmd := exec.Command("unshare", append(append(ns, "--", name), args...)...)
+	// Debian's users do not have the administrator's programs in their path.
+	cmd.Env = append(os.Environ(), "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
+	return cmd
 }
