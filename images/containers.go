@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -74,6 +75,13 @@ var containerImages = map[string]containerImage{
 			ExposedPorts: map[string]struct{}{"8080/tcp": {}},
 		},
 	},
+}
+
+// nodeImages are the container images that the node image carries.
+func nodeImages() map[string]containerImage {
+	images := maps.Clone(containerImages)
+	maps.DeleteFunc(images, func(_ string, image containerImage) bool { return !image.onNode })
+	return images
 }
 
 func busyboxLinks(names ...string) []ociFile {

@@ -40,7 +40,7 @@ func (b *builder) disk(ctx context.Context, base string) (string, error) {
 			inputs = append(inputs, name, b.keys[name])
 		}
 	}
-	for _, ref := range slices.Sorted(maps.Keys(containerImages)) {
+	for _, ref := range slices.Sorted(maps.Keys(nodeImages())) {
 		inputs = append(inputs, ref, b.keys[containerStep(ref)])
 	}
 	for _, deb := range b.Debs {
@@ -105,10 +105,8 @@ func (b *builder) stage(ctx context.Context, dir string) error {
 			links["bin/"+name] = filepath.Join(b.binDir(), name)
 		}
 	}
-	for _, image := range containerImages {
-		if image.onNode {
-			links["images/"+image.file] = filepath.Join(b.ociDir(), image.file)
-		}
+	for _, image := range nodeImages() {
+		links["images/"+image.file] = filepath.Join(b.ociDir(), image.file)
 	}
 	for name, to := range links {
 		at := filepath.Join(dir, name)
@@ -127,7 +125,7 @@ func (b *builder) stage(ctx context.Context, dir string) error {
 		"containerd": versions["github.com/containerd/containerd/v2"],
 		"kubelet":    versions["k8s.io/kubernetes"],
 		"runc":       versions["github.com/opencontainers/runc"],
-		"images":     slices.Sorted(maps.Keys(containerImages)),
+		"images":     slices.Sorted(maps.Keys(nodeImages())),
 	}, "", "  ")
 	if err != nil {
 		return err
