@@ -5,7 +5,7 @@ SUDO  := $(if $(filter 0,$(shell id -u)),,sudo)
 LAB   := bin/tkelab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo down test test-unit test-kernel test-node check fmt bench bench-boot clean
+.PHONY: help setup build demo down test test-unit test-kernel test-node check vuln fmt bench bench-boot clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -35,8 +35,11 @@ test-node: setup build ## the shipped image in a virtual machine, with a real co
 	@$(LAB) build
 	$(GO) test -tags node -count=1 -p 1 -timeout 40m -run '^TestNode' ./...
 
-check: ## what CI checks before the tests: format, vet, lint, vulnerabilities
+check: ## what CI checks before the tests: format, vet, lint, units
 	@packaging/check
+
+vuln: ## known vulnerabilities of what we import (asks the Go vulnerability database)
+	$(GO) tool govulncheck ./...
 
 fmt: ## format the code
 	gofmt -w $$(git ls-files '*.go')
