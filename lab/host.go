@@ -1,14 +1,15 @@
 package lab
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -21,14 +22,14 @@ import (
 // host is the physical machine of the region: it runs CVMs for lab/cloud and
 // connects their NICs to the VPC. It satisfies cloud.Hypervisor and cloud.Fabric.
 type host struct {
-	dir   string
-	image string
-	key   string // public, for the login of the image's default user
-	net   *vpc.Network
-	log   *slog.Logger
+	dir string
+	key string // public, for the login of the image's default user
+	net *vpc.Network
+	log *slog.Logger
 
-	mu       sync.Mutex // guards the rest
-	snapshot string     // machines go on from here instead of booting; empty: they boot
+	mu       sync.Mutex        // guards the rest
+	images   map[string]string // files by id
+	snapshot string            // machines go on from here instead of booting; empty: they boot
 	machines map[string]*machine
 	launched map[string]*Timeline // by instance, from before the machine runs
 }
@@ -39,9 +40,9 @@ type machine struct {
 	done   chan struct{} // closed when nobody follows the console any more
 }
 
-func newHost(dir, image, key string, network *vpc.Network, log *slog.Logger) *host {
+func newHost(dir, key string, network *vpc.Network, log *slog.Logger) *host {
 	return &host{
-		dir: dir, image: image, key: key, net: network, log: log,
+		dir: dir, key: key, net: network, log: log, images: map[string]string{},
 		machines: map[string]*machine{}, launched: map[string]*Timeline{},
 	}
 }
@@ -75,17 +76,20 @@ func (h *host) nic(n cloud.NIC) cvm.NIC {
 
 // disk returns the raw file behind a volume. What nobody has written to it is
 // zeros, and takes no space.
-func (h *host) disk(v cloud.Volume) (cvm.Disk, error) {
+func (h *host) disk(ctx context.Context, v cloud.Volume) (cvm.Disk, error) {
 	path := h.diskPath(v.Disk)
+	if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) && v.Content != "" {
+		out, err := exec.CommandContext(ctx, "cp", "--sparse=always", v.Content, path).CombinedOutput()
+		if err != nil {
+			return cvm.Disk{}, fmt.Errorf("fill volume %s: %w: %s", v.Disk, err, bytes.TrimSpace(out))
+		}
+	}
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return cvm.Disk{}, fmt.Errorf("open volume: %w", err)
 	}
 	defer f.Close()
 	st, err := f.Stat()
-	if err == nil && st.Size() == 0 && v.Content != "" {
-		err = fill(f, v.Content)
-	}
 	if err == nil && st.Size() < int64(v.SizeGiB)<<30 {
 		err = f.Truncate(int64(v.SizeGiB) << 30)
 	}
@@ -95,20 +99,20 @@ func (h *host) disk(v cloud.Volume) (cvm.Disk, error) {
 	return cvm.Disk{ID: v.Disk, Path: path}, nil
 }
 
-func fill(f *os.File, from string) error {
-	in, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	_, err = io.Copy(f, in)
-	return err
+// addImage makes a file the image of that id.
+func (h *host) addImage(id, file string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.images[id] = file
 }
 
 // Run starts an instance and follows its console.
 func (h *host) Run(ctx context.Context, m cloud.Machine) error {
+	h.mu.Lock()
+	image, snapshot, timeline := h.images[m.Image], h.snapshot, h.timelineLocked(m.Instance)
+	h.mu.Unlock()
 	spec := cvm.Spec{
-		Name: m.Instance, UUID: m.UUID, Dir: h.machineDir(m.Instance), Image: h.image,
+		Name: m.Instance, UUID: m.UUID, Dir: h.machineDir(m.Instance), Image: image,
 		CPUs: m.CPUs, MemoryMiB: m.MemoryMiB,
 		Config: &cvm.ConfigDrive{InstanceID: m.Instance, Hostname: m.Hostname, PublicKeys: []string{h.key}, UserData: m.UserData},
 	}
@@ -116,16 +120,12 @@ func (h *host) Run(ctx context.Context, m cloud.Machine) error {
 		spec.NICs = append(spec.NICs, h.nic(n))
 	}
 	for _, v := range m.Volumes {
-		d, err := h.disk(v)
+		d, err := h.disk(ctx, v)
 		if err != nil {
 			return err
 		}
 		spec.Disks = append(spec.Disks, d)
 	}
-	h.mu.Lock()
-	snapshot, timeline := h.snapshot, h.timelineLocked(m.Instance)
-	h.mu.Unlock()
-
 	timeline.mark(PowerOn)
 	var vm *cvm.Machine
 	var err error
@@ -186,7 +186,7 @@ func (h *host) PlugDisk(ctx context.Context, instance string, v cloud.Volume) er
 	if err != nil {
 		return err
 	}
-	d, err := h.disk(v)
+	d, err := h.disk(ctx, v)
 	if err != nil {
 		return err
 	}

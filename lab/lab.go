@@ -147,7 +147,8 @@ func (l *Lab) startCloud(context.Context) error {
 		return err
 	}
 	l.onStop(func(context.Context) error { return l.Net.Close() })
-	l.host = newHost(l.options.Dir, l.options.Image, l.key.public, l.Net, l.log.With("part", "cvm"))
+	l.host = newHost(l.options.Dir, l.key.public, l.Net, l.log.With("part", "cvm"))
+	l.host.addImage(config.Images[0], l.options.Image)
 	l.Region, err = cloud.New(config, l.host, l.host)
 	if err != nil {
 		return err

@@ -84,6 +84,18 @@ type LaunchSpec struct {
 	DataDisks []int
 	// DiskContent is a raw file that each of them begins as; empty: they are blank.
 	DiskContent string
+	Image       string     // id, as ImportImage returned it; default: the lab's node image
+	IP          netip.Addr // of the primary ENI; default: any
+	ENIs        []string   // ids of secondary ENIs that are attached from the start
+}
+
+// ImportImage makes a file an image that CVMs can be launched from, and returns
+// its id. Its disk format is told by its name: .qcow2, or else raw.
+func (l *Lab) ImportImage(name, file string) (id string) {
+	id = "img-" + name
+	l.host.addImage(id, file)
+	l.Region.ImportImage(id)
+	return id
 }
 
 // CVM is an instance that was launched.
@@ -113,7 +125,7 @@ func (l *Lab) Launch(ctx context.Context, s LaunchSpec) (*CVM, error) {
 		}
 		s.UserData = []byte(text)
 	}
-	spec := cloud.InstanceSpec{UserData: s.UserData}
+	spec := cloud.InstanceSpec{UserData: s.UserData, Image: s.Image, PrivateIP: s.IP, ENIs: s.ENIs}
 	for _, size := range s.DataDisks {
 		spec.DataDisks = append(spec.DataDisks, cloud.DiskSpec{SizeGiB: size, Content: s.DiskContent})
 	}

@@ -1,6 +1,7 @@
 package cloud
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,8 +17,10 @@ type InstanceSpec struct {
 	Name      string // also the host name; default the private address, as 10-0-0-30
 	Type      string // default S5.MEDIUM4
 	Image     string
-	Subnet    string // of the primary ENI
-	UserData  []byte // not base64
+	Subnet    string     // of the primary ENI
+	PrivateIP netip.Addr // of the primary ENI; default the lowest free one
+	ENIs      []string   // secondary ENIs that are attached from the start
+	UserData  []byte     // not base64
 	DataDisks []DiskSpec
 	MemoryMiB int // default what the type has; the lab's own machine may have less
 }
@@ -42,14 +45,13 @@ const (
 // Launch creates an instance with its primary ENI and its disks, and runs it.
 // What it has created is gone again when it fails.
 func (r *Region) Launch(ctx context.Context, spec InstanceSpec) (Instance, error) {
-	in, eni, disks, err := r.create(spec)
+	in, enis, disks, err := r.create(spec)
 	if err != nil {
 		return Instance{}, fmt.Errorf("launch instance: %w", err)
 	}
 	m := Machine{
 		Instance: in.ID, UUID: in.UUID, Hostname: in.Name, Image: in.Image, UserData: spec.UserData,
 		CPUs: instanceTypes[in.Type].CPUs, MemoryMiB: instanceTypes[in.Type].MemoryGiB << 10,
-		NICs: []NIC{{eni.ID, eni.mac()}},
 	}
 	if spec.MemoryMiB > 0 {
 		m.MemoryMiB = spec.MemoryMiB
@@ -59,19 +61,14 @@ func (r *Region) Launch(ctx context.Context, spec InstanceSpec) (Instance, error
 			m.Volumes = append(m.Volumes, Volume{d.ID, d.SizeGiB, d.Content})
 		}
 	}
-	err = r.fabric.Attach(Port{
-		ENI: eni.ID, MAC: eni.mac(), Subnet: eni.Subnet, Addrs: []netip.Addr{in.PrivateIP}, Primary: true, Hostname: in.Name,
-	})
-	if err == nil {
-		if err = r.hypervisor.Run(ctx, m); err != nil {
-			_ = r.fabric.Detach(eni.ID) // nobody else uses the port
-		}
-	}
+	err = r.run(ctx, m, enis)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if err != nil {
 		r.instances.drop(in.ID)
-		r.enis.drop(eni.ID)
+		for _, e := range enis {
+			r.release(e)
+		}
 		for _, d := range disks {
 			r.disks.drop(d.ID)
 		}
@@ -82,63 +79,63 @@ func (r *Region) Launch(ctx context.Context, spec InstanceSpec) (Instance, error
 	return in, nil
 }
 
-// create adds what an instance consists of, PENDING.
-func (r *Region) create(spec InstanceSpec) (Instance, ENI, []Disk, error) {
-	if spec.Type == "" {
-		spec.Type = defaultType
-	}
-	if spec.Image == "" {
-		spec.Image = r.config.Images[0]
-	}
-	if spec.Subnet == "" {
-		spec.Subnet = r.config.Subnets[0].ID
-	}
-	s, ok := r.subnet(spec.Subnet)
-	_, typeOK := instanceTypes[spec.Type]
-	switch {
-	case !ok:
-		return Instance{}, ENI{}, nil, fmt.Errorf("subnet %q is not found", spec.Subnet)
-	case !typeOK:
-		return Instance{}, ENI{}, nil, fmt.Errorf("type %q is not one of %v", spec.Type, slices.Sorted(maps.Keys(instanceTypes)))
-	case !slices.Contains(r.config.Images, spec.Image):
-		return Instance{}, ENI{}, nil, fmt.Errorf("image %q is not one of %v", spec.Image, r.config.Images)
-	case len(spec.UserData) > maxUserData:
-		return Instance{}, ENI{}, nil, fmt.Errorf("user-data has %d bytes, at most %d are allowed", len(spec.UserData), maxUserData)
-	case len(spec.DataDisks) > maxDisks:
-		return Instance{}, ENI{}, nil, fmt.Errorf("%d data disks, at most %d are allowed", len(spec.DataDisks), maxDisks)
-	}
-	for _, d := range spec.DataDisks {
-		if d.SizeGiB <= 0 {
-			return Instance{}, ENI{}, nil, fmt.Errorf("data disk of %d GiB", d.SizeGiB)
+// run runs a machine with these ENIs, or leaves no port behind.
+func (r *Region) run(ctx context.Context, m Machine, enis []ENI) (err error) {
+	attached := 0
+	defer func() {
+		if err != nil {
+			for _, e := range enis[:attached] {
+				_ = r.fabric.Detach(e.ID) // nobody else uses the port
+			}
 		}
+	}()
+	for _, e := range enis {
+		p := e.port(m.Hostname)
+		if err := r.fabric.Attach(p); err != nil {
+			return err
+		}
+		attached++
+		m.NICs = append(m.NICs, NIC{e.ID, p.MAC})
 	}
+	return r.hypervisor.Run(ctx, m)
+}
+
+// create adds what an instance consists of, PENDING. The primary ENI is the first.
+func (r *Region) create(spec InstanceSpec) (Instance, []ENI, []Disk, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	addrs, err := r.takeAddrs(s, 1)
+	s, err := r.complete(&spec)
 	if err != nil {
-		return Instance{}, ENI{}, nil, err
+		return Instance{}, nil, nil, err
 	}
-	now, ip := time.Now(), addrs[0]
-	if spec.Name == "" {
-		b := ip.As4()
-		spec.Name = fmt.Sprintf("%d-%d-%d-%d", b[0], b[1], b[2], b[3])
-	}
+	now, ip := time.Now(), spec.PrivateIP
 	in := Instance{
 		ID: newID("ins-"), Name: spec.Name, UUID: newUUID(), Type: spec.Type, Image: spec.Image, Zone: s.Zone,
 		State: pending, PrivateIP: ip, Created: now, userData: spec.UserData,
 	}
-	eni := ENI{
+	enis := []ENI{{
 		ID: newID("eni-"), Name: "Primary ENI", Subnet: s.ID, MAC: r.newMAC(), Primary: true, State: available,
 		SecurityGroups: r.config.SecurityGroups[:1], IPs: []IP{{ip, true, available}}, Instance: in.ID, Created: now, Attached: now,
+	}}
+	for i, id := range spec.ENIs {
+		e, err := r.idleENI(id, "UnsupportedOperation.InvalidState")
+		if err != nil {
+			return Instance{}, nil, nil, err
+		}
+		if e.Instance != "" {
+			return Instance{}, nil, nil, fmt.Errorf("ENI %s is attached to %s", e.ID, e.Instance)
+		}
+		e = e.copy()
+		e.Instance, e.DeviceIndex, e.Attached = in.ID, i+1, now
+		enis = append(enis, e)
 	}
 	disks := []Disk{{
 		ID: newID("disk-"), Type: defaultDiskType, System: true, SizeGiB: systemDiskGiB, DeleteWithInstance: true,
 	}}
 	for _, d := range spec.DataDisks {
-		if d.Type == "" {
-			d.Type = defaultDiskType
-		}
-		disks = append(disks, Disk{ID: newID("disk-"), Type: d.Type, SizeGiB: d.SizeGiB, DeleteWithInstance: d.DeleteWithInstance, Content: d.Content})
+		disks = append(disks, Disk{
+			ID: newID("disk-"), Type: cmp.Or(d.Type, defaultDiskType), SizeGiB: d.SizeGiB, Content: d.Content, DeleteWithInstance: d.DeleteWithInstance,
+		})
 	}
 	for i := range disks {
 		d := &disks[i]
@@ -146,8 +143,89 @@ func (r *Region) create(spec InstanceSpec) (Instance, ENI, []Disk, error) {
 		r.disks.put(d.ID, *d)
 	}
 	r.instances.put(in.ID, in)
-	r.enis.put(eni.ID, eni)
-	return in, eni, disks, nil
+	for _, e := range enis {
+		r.enis.put(e.ID, e)
+	}
+	return in, enis, disks, nil
+}
+
+// complete fills in the defaults of a spec, checks it, and returns the subnet of
+// its primary ENI. The caller holds mu.
+func (r *Region) complete(spec *InstanceSpec) (Subnet, error) {
+	spec.Type = cmp.Or(spec.Type, defaultType)
+	spec.Image = cmp.Or(spec.Image, r.config.Images[0])
+	spec.Subnet = cmp.Or(spec.Subnet, r.config.Subnets[0].ID)
+	s, ok := r.subnet(spec.Subnet)
+	_, typeOK := instanceTypes[spec.Type]
+	switch {
+	case !ok:
+		return s, fmt.Errorf("subnet %q is not found", spec.Subnet)
+	case !typeOK:
+		return s, fmt.Errorf("type %q is not one of %v", spec.Type, slices.Sorted(maps.Keys(instanceTypes)))
+	case !slices.Contains(r.config.Images, spec.Image):
+		return s, fmt.Errorf("image %q is not one of %v", spec.Image, r.config.Images)
+	case len(spec.UserData) > maxUserData:
+		return s, fmt.Errorf("user-data has %d bytes, at most %d are allowed", len(spec.UserData), maxUserData)
+	case len(spec.DataDisks) > maxDisks:
+		return s, fmt.Errorf("%d data disks, at most %d are allowed", len(spec.DataDisks), maxDisks)
+	case len(spec.ENIs) >= instanceTypes[spec.Type].ENIs:
+		return s, fmt.Errorf("%d secondary ENIs, at most %d are allowed", len(spec.ENIs), instanceTypes[spec.Type].ENIs-1)
+	}
+	for _, d := range spec.DataDisks {
+		if d.SizeGiB <= 0 {
+			return s, fmt.Errorf("data disk of %d GiB", d.SizeGiB)
+		}
+	}
+	if spec.PrivateIP.IsValid() {
+		if err := r.checkAddr(s, spec.PrivateIP); err != nil {
+			return s, err
+		}
+	} else {
+		addrs, err := r.takeAddrs(s, 1)
+		if err != nil {
+			return s, err
+		}
+		spec.PrivateIP = addrs[0]
+	}
+	if spec.Name == "" {
+		b := spec.PrivateIP.As4()
+		spec.Name = fmt.Sprintf("%d-%d-%d-%d", b[0], b[1], b[2], b[3])
+	}
+	return s, nil
+}
+
+// release gives an instance's ENI back: a primary one is gone, others are free.
+// The caller holds mu.
+func (r *Region) release(e ENI) {
+	if e.Primary {
+		r.enis.drop(e.ID)
+		return
+	}
+	e = e.copy()
+	e.Instance, e.DeviceIndex, e.Attached = "", 0, time.Time{}
+	r.enis.put(e.ID, e)
+}
+
+// ImportImage makes an image known that the hypervisor has under this id.
+func (r *Region) ImportImage(id string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.config.Images = append(r.config.Images, id)
+}
+
+// CreateENI creates an ENI that is attached to nothing, at once.
+func (r *Region) CreateENI(subnet string) (ENI, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e, err := r.newENI(&createENIIn{
+		VpcId: r.config.VPCID, NetworkInterfaceName: "made by hand", SubnetId: subnet, SecurityGroupIds: r.config.SecurityGroups[:1],
+	})
+	if err != nil {
+		return e, fmt.Errorf("create ENI: %w", err)
+	}
+	r.settleENI(e.ID)
+	e, _ = r.enis.get(e.ID)
+	return e, nil
 }
 
 // Terminate ends an instance. Its primary ENI, and the disks that were to go with
@@ -176,13 +254,7 @@ func (r *Region) terminate(ctx context.Context, id string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, e := range enis {
-		if e.Primary {
-			r.enis.drop(e.ID)
-			continue
-		}
-		e = e.copy()
-		e.Instance, e.DeviceIndex, e.Attached = "", 0, time.Time{}
-		r.enis.put(e.ID, e)
+		r.release(e)
 	}
 	for _, d := range disks {
 		switch {

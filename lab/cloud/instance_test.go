@@ -3,6 +3,7 @@ package cloud_test
 import (
 	"encoding/json"
 	"errors"
+	"net/netip"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -35,6 +36,52 @@ func TestLaunch(t *testing.T) {
 		if _, err := l.Launch(t.Context(), spec); err == nil || !strings.Contains(err.Error(), what) {
 			t.Errorf("bad %s: %v", what, err)
 		}
+	}
+}
+
+// What a machine starts with that was there before it.
+func TestLaunchWithWhatIsThere(t *testing.T) {
+	l := newLab(t, instant())
+	l.ImportImage("img-mine")
+	eni, err := l.CreateENI("subnet-pods0001")
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec := cloud.InstanceSpec{
+		Image: "img-mine", PrivateIP: netip.MustParseAddr("10.0.0.200"), ENIs: []string{eni.ID},
+		DataDisks: []cloud.DiskSpec{{SizeGiB: 10, Content: "content", DeleteWithInstance: true}},
+	}
+	in, err := l.Launch(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := l.machines.running[in.ID]
+	if in.PrivateIP != spec.PrivateIP || m.Image != "img-mine" || len(m.NICs) != 2 || m.NICs[1].ENI != eni.ID || m.Volumes[0].Content != "content" {
+		t.Errorf("instance %+v, machine %+v", in, m)
+	}
+	if got := l.machines.addrs(eni.ID); len(got) != 1 || got[0] != eni.IPs[0].Addr {
+		t.Errorf("port of the secondary ENI has %v, want %v", got, eni.IPs)
+	}
+	for what, again := range map[string]cloud.InstanceSpec{
+		"in use":      {PrivateIP: spec.PrivateIP},
+		"attached to": {ENIs: spec.ENIs},
+		"not found":   {ENIs: []string{"eni-00000000"}},
+		"ENIs":        {ENIs: make([]string, 10)},
+	} {
+		if _, err := l.Launch(t.Context(), again); err == nil || !strings.Contains(err.Error(), what) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	// The ENI outlives the instance, and serves the next one.
+	if err := l.Terminate(t.Context(), in.ID); err != nil {
+		t.Fatal(err)
+	}
+	l.machines.fail = errors.New("no memory")
+	if _, err := l.Launch(t.Context(), spec); err == nil || len(l.machines.addrs(eni.ID)) != 0 {
+		t.Errorf("a machine that does not start: %v", err)
+	}
+	if _, err := l.Launch(t.Context(), spec); err != nil {
+		t.Error(err)
 	}
 }
 

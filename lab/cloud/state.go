@@ -121,6 +121,15 @@ func (e ENI) mac() net.HardwareAddr {
 	return hw
 }
 
+// port returns the end of the ENI in the VPC, for an instance of that name.
+func (e ENI) port(hostname string) Port {
+	p := Port{ENI: e.ID, MAC: e.mac(), Subnet: e.Subnet, Primary: e.Primary, Hostname: hostname}
+	for _, ip := range e.IPs {
+		p.Addrs = append(p.Addrs, ip.Addr)
+	}
+	return p
+}
+
 // table holds rows by id, with what they were before, so that what is described
 // can be late. Rows are never changed in place.
 type table[T any] struct {

@@ -248,10 +248,7 @@ func (r *Region) attach(id, action string, e ENI, instance Instance) {
 	for _, other := range r.attachedENIs(instance.ID) {
 		e.DeviceIndex = max(e.DeviceIndex, other.DeviceIndex+1)
 	}
-	port := Port{ENI: e.ID, MAC: e.mac(), Subnet: e.Subnet, Hostname: instance.Name}
-	for _, ip := range e.IPs {
-		port.Addrs = append(port.Addrs, ip.Addr)
-	}
+	port := e.port(instance.Name)
 	e.State = attaching
 	r.enis.put(e.ID, e)
 	r.begin(id, work{
