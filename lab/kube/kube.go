@@ -217,4 +217,14 @@ func (c *Cluster) Kubeconfig() string { return c.path("admin.kubeconfig") }
 // CACert returns the certificate of the cluster's authority as PEM.
 func (c *Cluster) CACert() []byte { return c.pki.ca }
 
+// IssueNodeCertificate returns certificate and key of a node that has not asked
+// for them, as kubelet keeps them.
+func (c *Cluster) IssueNodeCertificate(name string) ([]byte, error) {
+	pem, err := c.pki.issueNode(name)
+	if err != nil {
+		return nil, fmt.Errorf("issue certificate of node %s: %w", name, err)
+	}
+	return pem, nil
+}
+
 func (c *Cluster) path(name string) string { return filepath.Join(c.options.Dir, name) }

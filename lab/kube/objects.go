@@ -145,6 +145,11 @@ func selectName(name string) string {
 	return "fieldSelector=" + url.QueryEscape("metadata.name="+name)
 }
 
+// DeleteNode deletes a Node.
+func (c *Cluster) DeleteNode(ctx context.Context, name string) error {
+	return c.Do(ctx, http.MethodDelete, "/api/v1/nodes/"+url.PathEscape(name), nil, nil)
+}
+
 // Pod describes a pod of one container in the namespace default.
 type Pod struct {
 	Name    string

@@ -4,6 +4,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -167,6 +168,22 @@ func (p pki) writeAuthority(name, subject string, certs map[string]*x509.Certifi
 		}
 	}
 	return ca, nil
+}
+
+// issueNode signs a client certificate of a node and returns it with its key, as
+// kubelet keeps them: one PEM file.
+func (p pki) issueNode(name string) ([]byte, error) {
+	pair, err := tls.LoadX509KeyPair(p.cert("ca"), p.key("ca"))
+	if err != nil {
+		return nil, err
+	}
+	key, ok := pair.PrivateKey.(*ecdsa.PrivateKey)
+	if !ok {
+		return nil, fmt.Errorf("the authority's key is a %T", pair.PrivateKey)
+	}
+	ca := &authority{pair.Leaf, key}
+	certPEM, keyPEM, err := ca.issue(client("system:node:"+name, "system:nodes"))
+	return append(certPEM, keyPEM...), err
 }
 
 // tokenKey is the key that signs the tokens of service accounts.

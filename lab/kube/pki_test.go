@@ -60,6 +60,26 @@ func TestPKI(t *testing.T) {
 	}
 }
 
+func TestIssueNode(t *testing.T) {
+	p := testPKI(t)
+	both, err := p.issueNode("10.0.0.200")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := tls.X509KeyPair(both, both)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(p.ca)
+	if _, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err != nil {
+		t.Error(err)
+	}
+	if s := pair.Leaf.Subject; s.CommonName != "system:node:10.0.0.200" || len(s.Organization) != 1 || s.Organization[0] != "system:nodes" {
+		t.Errorf("it is %v", s)
+	}
+}
+
 // A front proxy may say who the user is, so its authority must not be the
 // cluster's.
 func TestAuthoritiesAreApart(t *testing.T) {
