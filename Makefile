@@ -47,7 +47,6 @@ fmt: ## format the code
 bench: bench-boot ## every benchmark
 
 bench-boot: setup build ## power-on to Ready against a hand-written node, in pairs
-	@$(LAB) build
 	@$(LAB) bench boot
 
 clean: ## remove what was built here (the cache stays: ~/.cache/tkenode)

@@ -36,7 +36,7 @@ func commands() []command {
 		{"console", "[ID]", "show the serial console of a CVM", console},
 		{"kubectl", "ARGS…", "kubectl as the cluster's administrator", kubectl},
 		{"down", "", "stop the region; nothing is left behind", down},
-		{"bench", "boot", "measure power-on to Ready against a hand-written node", bench},
+		{"bench", "boot [-n PAIRS]", "measure power-on to Ready against a hand-written node", benchmark},
 		{"connect", "ADDR", "", connect},
 		{"serve", "", "", serve},
 	}

@@ -183,5 +183,3 @@ func running() bool {
 	f.Close()
 	return false
 }
-
-func bench(context.Context, []string) error { return errUsage }
