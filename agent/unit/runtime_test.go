@@ -68,7 +68,7 @@ func TestProbeOfNobody(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer rt.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	started := time.Now()
 	if err := rt.probe(ctx); err == nil || time.Since(started) > 5*time.Second {

@@ -25,7 +25,7 @@ import (
 
 const (
 	systemDir    = "/etc/systemd/system"
-	probeTimeout = 2 * time.Second
+	probeTimeout = 10 * time.Second       // slow is not dead: a starved node answers late
 	probeEvery   = 10 * time.Second       // while it answers
 	probeSoon    = 250 * time.Millisecond // while it starts
 	startGrace   = time.Minute            // how long it may run before it answers
