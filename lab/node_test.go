@@ -105,22 +105,23 @@ func ready(t *testing.T, l *Lab, c *CVM, d time.Duration) {
 
 func (l *Lab) mustRun(t *testing.T, c *CVM, command string) string {
 	t.Helper()
-	out, err := l.SSH(within(t, 3*time.Minute), c.IP, command)
+	// The first login waits for cloud-init, which comes after everything else.
+	out, err := l.SSH(within(t, 8*time.Minute), c.IP, command)
 	if err != nil {
 		t.Fatalf("%v\nconsole:\n%s", err, Tail(c.Console(), 30))
 	}
 	return strings.TrimSpace(out)
 }
 
-func (l *Lab) status(t *testing.T, c *CVM) api.Status {
+// status asks the agent; while it is down there is an error.
+func (l *Lab) status(t *testing.T, c *CVM) (s api.Status, err error) {
 	t.Helper()
-	var s api.Status
 	// The exit status says whether every condition is met; here the text does.
 	out := l.mustRun(t, c, "tkenode status -o json || true")
 	if err := json.Unmarshal([]byte(out), &s); err != nil {
-		t.Fatalf("tkenode status -o json: %v: %s", err, out)
+		return s, fmt.Errorf("tkenode status -o json: %w: %s", err, out)
 	}
-	return s
+	return s, nil
 }
 
 // TestNodeLifecycle is the life of one node as a user sees it.
@@ -165,6 +166,10 @@ func TestNodeLifecycle(t *testing.T) {
 	t.Run("converged", func(t *testing.T) { converged(t, l, c) })
 	t.Run("metrics", func(t *testing.T) { testMetrics(t, l, c) })
 	t.Run("units", func(t *testing.T) {
+		// It waits until the boot is finished, cloud-init's last stage included.
+		if out := l.mustRun(t, c, "systemctl is-system-running --wait || true"); out != "running" {
+			t.Errorf("the system is %s", out)
+		}
 		if out := l.mustRun(t, c, "systemctl --failed --no-legend --plain || true"); out != "" {
 			t.Errorf("failed units:\n%s", out)
 		}
@@ -204,23 +209,22 @@ func converged(t *testing.T, l *Lab, c *CVM) {
 	t.Helper()
 	ctx := within(t, 2*time.Minute)
 	for {
-		s := l.status(t, c)
-		if s.Unmet == nil && len(s.Conditions) == len(node.ConditionTypes) {
+		s, err := l.status(t, c)
+		if err == nil && s.Unmet == nil && len(s.Conditions) == len(node.ConditionTypes) {
 			break
 		}
 		if ctx.Err() != nil {
-			t.Fatalf("unmet: %+v", s.Unmet)
+			t.Fatalf("unmet: %+v, %v", s.Unmet, err)
 		}
 		time.Sleep(time.Second)
 	}
-	if out := l.mustRun(t, c, "tkenode plan -o json"); true {
-		var p api.Plan
-		if err := json.Unmarshal([]byte(out), &p); err != nil {
-			t.Fatalf("tkenode plan -o json: %v: %s", err, out)
-		}
-		if !p.Empty() || len(p.Instances) == 0 {
-			t.Errorf("plan of a converged node: %s", out)
-		}
+	out := l.mustRun(t, c, "tkenode plan -o json")
+	var p api.Plan
+	if err := json.Unmarshal([]byte(out), &p); err != nil {
+		t.Fatalf("tkenode plan -o json: %v: %s", err, out)
+	}
+	if !p.Empty() || len(p.Instances) == 0 {
+		t.Errorf("plan of a converged node: %s", out)
 	}
 }
 

@@ -36,6 +36,9 @@ terminal, only a verdict that differs from the last is printed.`,
 				return watchStatus(ctx, out, c)
 			}
 			st, err := askStatus(ctx, c)
+			if err != nil && asJSON {
+				return err // for a script: the reason on standard error, and the exit code
+			}
 			if err != nil {
 				return explainUnreachable(out, err, node.ReportFile, time.Now())
 			}
