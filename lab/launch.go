@@ -79,7 +79,8 @@ func (v NodeConfigValues) Text() (string, error) {
 
 // LaunchSpec says what to launch.
 type LaunchSpec struct {
-	UserData []byte // nil: the lab's own NodeConfig
+	UserData   []byte // nil: the lab's own NodeConfig
+	NoUserData bool   // not even that
 	// DataDisks are the sizes, in GiB, of CBS disks.
 	DataDisks []int
 	// DiskContent is a raw file that each of them begins as; empty: they are blank.
@@ -114,7 +115,7 @@ func (c *CVM) Console() string { return c.console }
 
 // Launch launches a CVM and returns as soon as it is powered on.
 func (l *Lab) Launch(ctx context.Context, s LaunchSpec) (*CVM, error) {
-	if s.UserData == nil {
+	if s.UserData == nil && !s.NoUserData {
 		v, err := l.NodeConfigValues(ctx)
 		if err != nil {
 			return nil, err
