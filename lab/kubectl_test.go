@@ -25,7 +25,7 @@ func testKubectl(t *testing.T, l *Lab) {
 		cmd.Env = append(os.Environ(), "KUBECONFIG="+l.Cluster.Kubeconfig())
 		return cmd
 	}
-	ctx := within(t, 2*time.Minute)
+	ctx := within(t, 5*time.Minute)
 	if out, err := kubectl(ctx, "exec", "web", "--", "sh", "-c", "echo out of the pod; cat /etc/hostname").CombinedOutput(); err != nil || !strings.Contains(string(out), "out of the pod\nweb") {
 		t.Errorf("exec: %v: %s", err, out)
 	}
