@@ -189,7 +189,7 @@ func must(t *testing.T, err error) {
 // a snapshot, is given a network interface and disks, loses them, is shut down,
 // starts again and loses its power.
 func TestNodeImage(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 12*time.Minute)
 	defer cancel()
 	image := nodeImage(t)
 	began := time.Now()
