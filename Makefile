@@ -33,7 +33,7 @@ test-kernel: setup ## network namespaces, loop devices, real mkfs; root
 
 test-node: setup build ## the shipped image in a virtual machine, with a real control plane
 	@$(LAB) build
-	$(GO) test -tags node -count=1 -p 1 -timeout 40m -run '^TestNode' ./...
+	$(GO) test -tags node -count=1 -p 1 -timeout 60m -run '^TestNode' ./...
 
 check: ## what CI checks before the tests: format, vet, lint, units
 	@packaging/check
