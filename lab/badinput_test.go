@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -265,6 +266,17 @@ func (b badInput) run(t *testing.T, l *Lab) {
 	}
 	defer b.terminate(t, l, c)
 	mark("launched")
+	// The first login starts sshd and the user's manager, which takes long: it is
+	// made beside what the test waits for.
+	login := make(chan error, 1)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	wg.Go(func() {
+		_, err := l.SSH(ctx, c.IP, "true")
+		login <- err
+	})
 	for _, want := range b.want {
 		waitLine(t, c, want)
 	}
@@ -272,6 +284,9 @@ func (b badInput) run(t *testing.T, l *Lab) {
 		waitLine(t, c, "NOT JOINED, stopped at *: "+b.reason) // a token is refused for a while before
 	}
 	mark("said")
+	if err := <-login; err != nil {
+		t.Fatal(err)
+	}
 	b.told(t, l, c)
 	mark("told everywhere")
 	calm(t, l, c)
@@ -356,6 +371,7 @@ func (b badInput) told(t *testing.T, l *Lab, c *CVM) {
 		systemctl show -P ActiveState kubelet containerd tkenode-bootstrap; systemctl show -P NRestarts tkenode-bootstrap; echo ==files
 		ls -A /var/lib/tkenode/config /var/lib/kubelet/pki /etc/kubernetes 2>/dev/null | grep -v : || true`)
 	status, rest, _ := strings.Cut(out, "==journal")
+	t.Logf("\n%s", status)
 	journal, rest, _ := strings.Cut(rest, "==units")
 	units, files, _ := strings.Cut(rest, "==files")
 	status = strings.Join(strings.Fields(status), " ") // it is wrapped

@@ -66,7 +66,7 @@ sealed. It exits with 0 when it is done, with 1 when a human must act, and with 
 				Console:      os.Stdout, // the unit gives it to the console, too
 			})
 			if code := bootstrap.ExitCode(err); code != bootstrap.ExitDone {
-				return exitWith{code, err}
+				return exitWith{code, told{err}}
 			}
 			return nil
 		}
