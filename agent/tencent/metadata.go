@@ -116,6 +116,7 @@ func isWord(s string) bool {
 // waiting when ctx ends before that.
 func (m *Metadata) get(ctx context.Context, path string, limit int64) ([]byte, error) {
 	start, pause, nag := time.Now(), metadataBackoff, time.Duration(0)
+	var last error
 	for {
 		b, again, err := m.once(ctx, path, limit)
 		if err == nil {
@@ -127,6 +128,10 @@ func (m *Metadata) get(ctx context.Context, path string, limit int64) ([]byte, e
 		if !again {
 			return nil, fmt.Errorf("read metadata %s: %w", path, err)
 		}
+		if ctx.Err() != nil && last != nil {
+			err = last // this try was cut off, and says nothing
+		}
+		last = err
 		if ctx.Err() == nil && time.Since(start) >= nag {
 			nag = time.Since(start) + metadataNagEvery
 			slog.WarnContext(ctx, "metadata service is late", "path", path, "took", time.Since(start), "err", err)

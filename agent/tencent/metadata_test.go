@@ -153,6 +153,25 @@ func TestMetadataNeverAnswers(t *testing.T) {
 	})
 }
 
+// What cuts the last try off is not what is wrong.
+func TestMetadataLastTryCutOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		defer cancel()
+		s := &service{trouble: func(call int) (*http.Response, error) {
+			if call == 1 {
+				return nil, errors.New("no route")
+			}
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}}
+		_, err := s.client().UserData(ctx)
+		if want := "metadata service " + MetadataURL + " gives no /latest/user-data: no route"; err == nil || err.Error() != want {
+			t.Errorf("error %v, want %s", err, want)
+		}
+	})
+}
+
 // credentials is the service's answer; the key is not to show up in any error.
 func credentials(id string, expires time.Time) string {
 	return `{"TmpSecretId":"` + id + `","TmpSecretKey":"topsecret","Token":"tok","ExpiredTime":` +
