@@ -1,7 +1,7 @@
 # Every target is one line that calls a program; `make help` lists them.
 SHELL := /bin/bash
 GO    ?= go
-SUDO  := $(if $(filter 0,$(shell id -u)),,sudo)
+SUDO  := $(if $(filter 0,$(shell id -u)),,sudo -E)
 LAB   := bin/tkelab
 
 .DEFAULT_GOAL := help
@@ -29,7 +29,7 @@ test-unit: ## pure code, goldens, fuzz seeds; no root
 	$(GO) test -race ./...
 
 test-kernel: setup ## network namespaces, loop devices, real mkfs; root
-	$(GO) test -tags kernel -count=1 -run '^TestKernel' -exec '$(strip $(SUDO) -E)' ./...
+	$(GO) test -tags kernel -count=1 -run '^TestKernel' -exec '$(SUDO)' ./...
 
 test-node: setup build ## the shipped image in a virtual machine, with a real control plane
 	@$(LAB) build
