@@ -133,6 +133,11 @@ func TestNodeLifecycle(t *testing.T) {
 		t.Fatal(err)
 	}
 	ready(t, l, c, 12*time.Minute)
+	for _, s := range Steps { // the console is read a moment later than it is written
+		if _, err := c.Timeline.Wait(within(t, time.Minute), s); err != nil {
+			t.Errorf("step %q is never shown: %v", s, err)
+		}
+	}
 	marks, _ := c.Timeline.Marks()
 	t.Logf("launch: %v", marks)
 
