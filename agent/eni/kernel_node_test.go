@@ -47,11 +47,16 @@ func inNode(t *testing.T, f func(t *testing.T, n *testNode)) {
 		f(t, newTestNode(t))
 		return
 	}
-	plugin := filepath.Join(t.TempDir(), "tke-eni")
-	build := exec.Command("go", "build", "-o", plugin, "github.com/tkenode/tkenode/cmd/tke-eni")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build plugin: %v\n%s", err, out)
+	// The Makefile names the one it has built: root must not leave files in the
+	// build cache of whoever called it by sudo.
+	plugin := os.Getenv("TKE_ENI")
+	if plugin == "" {
+		plugin = filepath.Join(t.TempDir(), "tke-eni")
+		build := exec.Command("go", "build", "-buildvcs=false", "-o", plugin, "github.com/tkenode/tkenode/cmd/tke-eni")
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("build plugin: %v\n%s", err, out)
+		}
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
