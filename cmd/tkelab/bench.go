@@ -56,7 +56,7 @@ func benchmark(ctx context.Context, args []string) error {
 // withLab runs f with a lab in this process, and nothing else in the lab's
 // directory.
 func withLab(ctx context.Context, image string, p *progress, f func(*lab.Lab) error) (err error) {
-	held, err := lock()
+	held, err := takeLab(ctx, "tkelab bench", p)
 	if err != nil {
 		return err
 	}

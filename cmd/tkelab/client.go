@@ -14,7 +14,6 @@ import (
 	"os/exec"
 	"strings"
 	"syscall"
-	"time"
 )
 
 var errNotUp = errors.New("no lab is running; start one with: tkelab demo")
@@ -82,9 +81,11 @@ type background struct {
 
 // startBackground starts a lab with the node image and waits until it is up.
 func startBackground(ctx context.Context, image string, p *progress) (*background, error) {
-	if err := stopBackground(ctx); err != nil && !errors.Is(err, errNotUp) {
+	held, err := takeLab(ctx, "tkelab "+os.Args[1], p)
+	if err != nil {
 		return nil, err
 	}
+	defer held.Close() // the lab has it, too
 	if err := cleanLabDir(); err != nil {
 		return nil, err
 	}
@@ -101,6 +102,7 @@ func startBackground(ctx context.Context, image string, p *progress) (*backgroun
 	cmd := exec.Command(self, "serve")
 	cmd.Env = append(os.Environ(), "TKELAB_IMAGE="+image)
 	cmd.Stderr = log
+	cmd.ExtraFiles = []*os.File{held} // lockFD
 	// A session of its own: a Ctrl-C here must not reach it before it is told.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	stdin, err := cmd.StdinPipe()
@@ -118,6 +120,7 @@ func startBackground(ctx context.Context, image string, p *progress) (*backgroun
 	stop := context.AfterFunc(ctx, func() { stdin.Close() })
 	defer stop()
 	lines := bufio.NewScanner(stdout)
+	why := "it ended without a word"
 	for lines.Scan() {
 		var e event
 		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
@@ -134,13 +137,15 @@ func startBackground(ctx context.Context, image string, p *progress) (*backgroun
 			p.End(e.End, err)
 		case e.Ready:
 			return b, nil
+		case e.Error != "":
+			why = e.Error
 		}
 	}
-	b.stop()
+	b.stop(p)
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
-	return nil, fmt.Errorf("the lab did not start; its log is %s", logFile())
+	return nil, fmt.Errorf("the lab did not start: %s; its log is %s", why, logFile())
 }
 
 // detach leaves the lab running.
@@ -150,27 +155,10 @@ func (b *background) detach() error {
 }
 
 // stop ends the lab and waits until it is gone.
-func (b *background) stop() {
+func (b *background) stop(p *progress) {
+	const step = "stop the lab"
+	p.Begin(step)
 	b.stdin.Close()
 	_ = b.cmd.Wait() // how it ended is in its log
-}
-
-// stopBackground stops whatever lab is running and waits until it is gone.
-func stopBackground(ctx context.Context) error {
-	if err := ask(ctx, http.MethodPost, "/v1/down", nil, nil); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	for {
-		// The process removes its lock last.
-		if !running() {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("stop lab: %w; its log is %s", ctx.Err(), logFile())
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
+	p.End(step, nil)
 }

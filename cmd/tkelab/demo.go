@@ -30,7 +30,7 @@ func demo(ctx context.Context, _ []string) error {
 	keep := false
 	defer func() {
 		if !keep {
-			b.stop()
+			b.stop(p)
 		}
 	}()
 	n, err := launchWith(ctx, p, nil)

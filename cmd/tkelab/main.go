@@ -14,6 +14,8 @@ import (
 	"os/signal"
 	"path/filepath"
 	"syscall"
+
+	"github.com/tkenode/tkenode/images"
 )
 
 // command is one row of the table that `tkelab help` is printed from.
@@ -80,21 +82,12 @@ func run(args []string) int {
 			fmt.Fprintln(os.Stderr, "tkelab: interrupted")
 			return exitInterrupt
 		}
-		var status exitStatus
-		if errors.As(err, &status) {
-			return int(status)
-		}
 		fmt.Fprintln(os.Stderr, "tkelab:", err)
 		return exitError
 	}
 	fmt.Fprintf(os.Stderr, "tkelab: no command %q; tkelab help lists them\n", args[0])
 	return exitUsage
 }
-
-// exitStatus is the exit status of a program that tkelab stood in for.
-type exitStatus int
-
-func (s exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(s)) }
 
 func usage(w io.Writer) {
 	fmt.Fprintln(w, "tkelab runs a Tencent Cloud region on this machine.")
@@ -109,14 +102,11 @@ func usage(w io.Writer) {
 
 // cacheDir is where components, images and the running lab are kept.
 func cacheDir() string {
-	if d := os.Getenv("TKENODE_CACHE"); d != "" {
-		return d
-	}
-	d, err := os.UserCacheDir()
+	d, err := images.CacheDir()
 	if err != nil {
-		d = os.TempDir()
+		return filepath.Join(os.TempDir(), "tkenode")
 	}
-	return filepath.Join(d, "tkenode")
+	return d
 }
 
 func labDir() string  { return filepath.Join(cacheDir(), "lab") }

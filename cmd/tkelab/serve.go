@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/tkenode/tkenode/lab"
@@ -48,28 +49,76 @@ type cvm struct {
 // stay. If the pipe ends without it, the starter is gone and the lab ends, too.
 const detach = 'd'
 
+// lockFD is the lock, as the starter hands it on.
+const lockFD = 3
+
+// state is how far the life of a lab is.
+type state string
+
+const (
+	starting state = "starting"
+	attached state = "attached" // up, and whoever started it is there
+	detached state = "detached" // up by itself
+	stopping state = "stopping"
+)
+
+type stateAnswer struct {
+	State state `json:"state"`
+}
+
 // serve is the background process: the lab and its control socket. Its standard
 // input is the pipe from the starter, its standard output carries events.
-func serve(ctx context.Context, _ []string) error {
+func serve(ctx context.Context, _ []string) (err error) {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	held, err := lock()
-	if err != nil {
-		return err
-	}
+	syscall.CloseOnExec(lockFD) // no child may hold it
+	held := os.NewFile(lockFD, lockFile())
 	defer held.Close() // last: whoever waits for the end of the lab waits for this
-	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	if err := sign(held, "tkelab serve"); err != nil {
+		return fmt.Errorf("serve is started by demo and up: %w", err)
+	}
 	out := json.NewEncoder(os.Stdout)
 	tell := func(e event) { _ = out.Encode(e) } // whoever listened may be gone
-
+	defer func() {
+		if err != nil {
+			tell(event{Error: err.Error()})
+		}
+	}()
+	s := &server{log: slog.New(slog.NewTextHandler(os.Stderr, nil)), stop: stop, state: starting}
 	go func() { // ends with the pipe
 		b := make([]byte, 1)
 		if n, _ := os.Stdin.Read(b); n != 1 || b[0] != detach {
 			stop()
+			return
 		}
+		s.detach()
 	}()
+	return s.run(ctx, tell)
+}
+
+// server answers on the control socket.
+type server struct {
+	log  *slog.Logger
+	stop context.CancelFunc
+
+	mu    sync.Mutex // guards the rest
+	state state
+	lab   *lab.Lab // nil unless the lab is up
+	page  string
+	cvms  []*lab.CVM
+}
+
+// run is the life of the lab. The control socket is there before the lab and
+// after it, so that whoever asks hears how far it is. Both sockets are this
+// user's alone.
+func (s *server) run(ctx context.Context, tell func(event)) (err error) {
+	control, err := net.Listen("unix", socket())
+	if err != nil {
+		return fmt.Errorf("listen on control socket: %w", err)
+	}
+	defer s.serve(ctx, control, &http.Server{Handler: s.mux()})()
 	l, err := lab.Start(ctx, lab.Options{
-		Dir: labDir(), Cache: cacheDir(), Bin: binDir(), Image: os.Getenv("TKELAB_IMAGE"), Log: log,
+		Dir: labDir(), Cache: cacheDir(), Bin: binDir(), Image: os.Getenv("TKELAB_IMAGE"), Log: s.log,
 		Begin: func(s string) { tell(event{Begin: s}) },
 		End: func(s string, err error) {
 			e := event{End: s}
@@ -80,63 +129,93 @@ func serve(ctx context.Context, _ []string) error {
 		},
 	})
 	if err != nil {
-		tell(event{Error: err.Error()})
 		return err
 	}
-	s := &server{lab: l, log: log, stop: stop}
-	err = s.run(ctx, func() { tell(event{Ready: true}) })
-	sctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	return errors.Join(err, l.Stop(sctx))
-}
-
-// server answers on the control socket.
-type server struct {
-	lab  *lab.Lab
-	log  *slog.Logger
-	stop context.CancelFunc
-	page string
-
-	mu   sync.Mutex // guards cvms
-	cvms []*lab.CVM
-}
-
-// run serves until ctx ends. Both sockets are this user's alone.
-func (s *server) run(ctx context.Context, ready func()) error {
+	defer func() {
+		sctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		err = errors.Join(err, l.Stop(sctx))
+	}()
 	page, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return fmt.Errorf("listen for the monitoring page: %w", err)
 	}
-	s.page = "http://" + page.Addr().String() + "/"
-	control, err := net.Listen("unix", socket())
-	if err != nil {
-		return errors.Join(fmt.Errorf("listen on control socket: %w", err), page.Close())
-	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/lab", s.info)
-	mux.HandleFunc("POST /v1/launch", s.launch)
-	mux.HandleFunc("POST /v1/terminate", s.terminate)
-	mux.HandleFunc("POST /v1/pod", s.pod)
-	mux.HandleFunc("GET /v1/connect", s.connect)
-	mux.HandleFunc("POST /v1/down", func(w http.ResponseWriter, _ *http.Request) { s.stop() })
-	servers := []*http.Server{{Handler: mux}, {Handler: s.lab.Monitor.Handler(), ReadHeaderTimeout: 10 * time.Second}}
-	listeners := []net.Listener{control, page}
-	var wg sync.WaitGroup
-	for i, server := range servers {
-		wg.Go(func() { _ = server.Serve(listeners[i]) })
-	}
-	ready()
+	defer s.serve(ctx, page, &http.Server{Handler: l.Monitor.Handler(), ReadHeaderTimeout: 10 * time.Second})()
+	s.mu.Lock()
+	s.state, s.lab, s.page = attached, l, "http://"+page.Addr().String()+"/"
+	s.mu.Unlock()
+	tell(event{Ready: true})
 	<-ctx.Done()
-	// Answers under way get a moment, such as the one to whoever asked for the end.
-	sctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	for _, server := range servers {
+	s.mu.Lock()
+	s.state, s.lab = stopping, nil
+	s.mu.Unlock()
+	return nil
+}
+
+// serve answers on a listener until the returned function is called; requests
+// end with ctx.
+func (s *server) serve(ctx context.Context, l net.Listener, server *http.Server) (end func()) {
+	server.BaseContext = func(net.Listener) context.Context { return ctx }
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = server.Serve(l)
+	}()
+	return func() {
+		// Answers under way get a moment, such as the one to whoever asked for the end.
+		sctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
 		if server.Shutdown(sctx) != nil {
 			server.Close()
 		}
+		<-done
 	}
-	wg.Wait()
-	return nil
+}
+
+func (s *server) mux() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		answer(w, stateAnswer{s.state})
+	})
+	mux.HandleFunc("POST /v1/down", func(w http.ResponseWriter, _ *http.Request) { s.down() })
+	for pattern, f := range map[string]func(*lab.Lab, http.ResponseWriter, *http.Request){
+		"GET /v1/lab":        s.info,
+		"POST /v1/launch":    s.launch,
+		"POST /v1/terminate": s.terminate,
+		"POST /v1/pod":       s.pod,
+		"GET /v1/connect":    s.connect,
+	} {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			s.mu.Lock()
+			l, state := s.lab, s.state
+			s.mu.Unlock()
+			if l == nil {
+				refuse(w, http.StatusServiceUnavailable, fmt.Errorf("the lab is %s", state))
+				return
+			}
+			f(l, w, r)
+		})
+	}
+	return mux
+}
+
+// down ends the lab, at whatever point of its life it is.
+func (s *server) down() {
+	s.mu.Lock()
+	s.state = stopping
+	s.mu.Unlock()
+	s.stop()
+}
+
+// detach takes down that whoever started the lab leaves it running.
+func (s *server) detach() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.state == attached {
+		s.state = detached
+	}
 }
 
 func answer(w http.ResponseWriter, v any) {
@@ -148,10 +227,10 @@ func refuse(w http.ResponseWriter, code int, err error) {
 	http.Error(w, err.Error(), code)
 }
 
-func (s *server) info(w http.ResponseWriter, _ *http.Request) {
+func (s *server) info(l *lab.Lab, w http.ResponseWriter, _ *http.Request) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	i := info{Kubeconfig: s.lab.Cluster.Kubeconfig(), Key: s.lab.LoginKey(), Page: s.page, CVMs: []cvm{}}
+	i := info{Kubeconfig: l.Cluster.Kubeconfig(), Key: l.LoginKey(), Page: s.page, CVMs: []cvm{}}
 	for _, c := range s.cvms {
 		marks, _ := c.Timeline.Marks()
 		i.CVMs = append(i.CVMs, cvm{c.ID, c.IP.String(), c.Name(), c.Console(), marks})
@@ -159,9 +238,12 @@ func (s *server) info(w http.ResponseWriter, _ *http.Request) {
 	answer(w, i)
 }
 
+// launchLimit is many times what a launch takes without hardware virtualisation.
+const launchLimit = 30 * time.Minute
+
 // launch launches a CVM and tells of every step until the Node is Ready or the
 // client goes away. The body is the user-data; an empty one is the lab's own.
-func (s *server) launch(w http.ResponseWriter, r *http.Request) {
+func (s *server) launch(l *lab.Lab, w http.ResponseWriter, r *http.Request) {
 	userData, err := io.ReadAll(io.LimitReader(r.Body, 64<<10))
 	if err != nil {
 		refuse(w, http.StatusBadRequest, err)
@@ -171,7 +253,7 @@ func (s *server) launch(w http.ResponseWriter, r *http.Request) {
 	if len(userData) > 0 {
 		spec.UserData = userData
 	}
-	c, err := s.lab.Launch(r.Context(), spec)
+	c, err := l.Launch(r.Context(), spec)
 	if err != nil {
 		refuse(w, http.StatusInternalServerError, err)
 		return
@@ -186,6 +268,7 @@ func (s *server) launch(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Console", c.Console())
 	out := http.NewResponseController(w)
 	enc := json.NewEncoder(w)
+	tooLong := time.After(launchLimit)
 	told := 0
 	for {
 		marks, changed := c.Timeline.Marks()
@@ -199,19 +282,26 @@ func (s *server) launch(w http.ResponseWriter, r *http.Request) {
 			}
 		}
 		select {
-		case <-r.Context().Done():
+		case <-r.Context().Done(): // the client is gone, or the lab is being stopped
+			_ = enc.Encode(event{Error: "the lab was stopped"})
 			return
 		case <-changed:
-		case <-s.lab.Gone(c):
-			_ = enc.Encode(event{Error: "the machine is off; its last words:\n" + lab.Tail(c.Console(), 15)})
-			return
+			continue
+		case <-l.Gone(c):
+			err = errors.New("the machine is off")
+		case <-l.Cluster.Failed():
+			err = fmt.Errorf("the control plane has failed: %w", l.Cluster.Err())
+		case <-tooLong:
+			err = fmt.Errorf("the node is not Ready after %v", launchLimit)
 		}
+		_ = enc.Encode(event{Error: err.Error() + "; the machine's last words:\n" + lab.Tail(c.Console(), 15)})
+		return
 	}
 }
 
-func (s *server) terminate(w http.ResponseWriter, r *http.Request) {
+func (s *server) terminate(l *lab.Lab, w http.ResponseWriter, r *http.Request) {
 	id := r.FormValue("id")
-	if err := s.lab.Terminate(r.Context(), id); err != nil {
+	if err := l.Terminate(r.Context(), id); err != nil {
 		refuse(w, http.StatusNotFound, err)
 		return
 	}
@@ -227,8 +317,11 @@ func (s *server) terminate(w http.ResponseWriter, r *http.Request) {
 
 // pod runs a pod of the lab's web image and fetches its page from another address
 // of the VPC.
-func (s *server) pod(w http.ResponseWriter, r *http.Request) {
-	p, err := s.lab.RunWeb(r.Context(), r.FormValue("name"), r.FormValue("node"))
+func (s *server) pod(l *lab.Lab, w http.ResponseWriter, r *http.Request) {
+	const limit = 10 * time.Minute // its image is there; a slow machine takes one
+	ctx, cancel := context.WithTimeout(r.Context(), limit)
+	defer cancel()
+	p, err := l.RunWeb(ctx, r.FormValue("name"), r.FormValue("node"))
 	if err != nil {
 		refuse(w, http.StatusInternalServerError, err)
 		return
@@ -237,8 +330,8 @@ func (s *server) pod(w http.ResponseWriter, r *http.Request) {
 }
 
 // connect turns the request into a connection to an address of the VPC.
-func (s *server) connect(w http.ResponseWriter, r *http.Request) {
-	out, err := s.lab.Dial(r.Context(), "tcp", r.FormValue("addr"))
+func (s *server) connect(l *lab.Lab, w http.ResponseWriter, r *http.Request) {
+	out, err := l.Dial(r.Context(), "tcp", r.FormValue("addr"))
 	if err != nil {
 		refuse(w, http.StatusBadGateway, err)
 		return

@@ -9,8 +9,8 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"github.com/tkenode/tkenode/lab"
@@ -42,11 +42,11 @@ func terminate(ctx context.Context, args []string) error {
 
 // down stops the lab.
 func down(ctx context.Context, _ []string) error {
-	if !running() {
+	was, err := stopLab(ctx)
+	if err == nil && !was {
 		fmt.Println("no lab is running")
-		return nil
 	}
-	return stopBackground(ctx)
+	return err
 }
 
 // pick finds the CVM that args begin with, or else the newest one, and returns
@@ -79,14 +79,21 @@ func sshTo(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	return stand(exec.Command("ssh", append([]string{
+	return stand("ssh", os.Environ(), append([]string{
 		"-i", i.Key,
-		"-o", "ProxyCommand=" + self + " connect %h:%p",
+		"-o", "ProxyCommand=" + proxyCommand(self),
 		// The machine was made a moment ago, on a network that exists in the lab only.
 		"-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR",
 		"-o", "IdentitiesOnly=yes",
 		lab.LoginUser + "@" + c.IP,
-	}, rest...)...))
+	}, rest...)...)
+}
+
+// proxyCommand is what ssh hands to a shell, after it has replaced what follows
+// a percent sign.
+func proxyCommand(self string) string {
+	quoted := "'" + strings.ReplaceAll(self, "'", `'\''`) + "'"
+	return "exec " + strings.ReplaceAll(quoted, "%", "%%") + " connect %h:%p"
 }
 
 // kubectl runs the kubectl that belongs to the cluster.
@@ -95,22 +102,18 @@ func kubectl(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.Command(filepath.Join(binDir(), "kubectl"), args...)
-	cmd.Env = append(os.Environ(), "KUBECONFIG="+i.Kubeconfig)
-	return stand(cmd)
+	return stand(filepath.Join(binDir(), "kubectl"), append(os.Environ(), "KUBECONFIG="+i.Kubeconfig), args...)
 }
 
-// stand runs a program in the place of tkelab: with its terminal, its signals and
-// its exit status.
-func stand(cmd *exec.Cmd) error {
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	signal.Ignore(os.Interrupt) // the program gets it from the terminal, too
-	err := cmd.Run()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
-		return exitStatus(exit.ExitCode())
+// stand makes this process the program: its terminal, its signals, its exit
+// status, and nothing of ours that could outlive it.
+func stand(program string, env []string, args ...string) error {
+	path, err := exec.LookPath(program)
+	if err != nil {
+		return err
 	}
-	return err
+	err = syscall.Exec(path, append([]string{program}, args...), env)
+	return fmt.Errorf("run %s: %w", path, err) // it returns only where it failed
 }
 
 func console(ctx context.Context, args []string) error {
@@ -157,29 +160,4 @@ func connect(ctx context.Context, args []string) error {
 	}()
 	_, err = io.Copy(os.Stdout, conn)
 	return err
-}
-
-// lockFile is held by the process in the background as long as it lives.
-func lockFile() string { return filepath.Join(cacheDir(), "lab.lock") }
-
-// lock makes this process the one lab of this cache directory.
-func lock() (*os.File, error) {
-	f, err := os.OpenFile(lockFile(), os.O_RDWR|os.O_CREATE|syscall.O_CLOEXEC, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		f.Close()
-		return nil, errors.New("another lab is running; stop it with: tkelab down")
-	}
-	return f, nil
-}
-
-func running() bool {
-	f, err := lock()
-	if err != nil {
-		return !errors.Is(err, os.ErrNotExist)
-	}
-	f.Close()
-	return false
 }
