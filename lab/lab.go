@@ -121,6 +121,9 @@ func Start(ctx context.Context, o Options) (_ *Lab, err error) {
 // Stop ends every machine, then the services, and waits for all of them.
 func (l *Lab) Stop(ctx context.Context) error {
 	var errs []error
+	if l.host != nil { // the machines first: nothing they need goes before them
+		errs = append(errs, l.host.close())
+	}
 	for i := len(l.closers) - 1; i >= 0; i-- {
 		errs = append(errs, l.closers[i](ctx))
 	}
@@ -210,9 +213,21 @@ func (l *Lab) startMonitor(ctx context.Context) error {
 	return err
 }
 
-// forwardAPIServer lets nodes reach the API server, until cutAPIServer.
-func (l *Lab) forwardAPIServer() (err error) {
-	l.cutAPIServer, err = l.forward(apiServerAddr, l.Cluster.LocalAddress().String())
+// forwardAPIServer lets nodes reach the API server, until cutAPIServer: at the
+// address that they know, and at the port that the API server tells pods, which is
+// its own and another one where that was taken on this host.
+func (l *Lab) forwardAPIServer() error {
+	local := l.Cluster.LocalAddress()
+	stop, err := l.forward(apiServerAddr, local.String())
+	if err != nil {
+		return err
+	}
+	l.cutAPIServer = stop
+	if local.Port() == apiServerAddr.Port() {
+		return nil
+	}
+	stopOther, err := l.forward(netip.AddrPortFrom(apiServerAddr.Addr(), local.Port()), local.String())
+	l.cutAPIServer = func() error { return errors.Join(stop(), stopOther()) }
 	return err
 }
 

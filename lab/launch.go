@@ -172,8 +172,19 @@ func (l *Lab) watchReady(c *CVM) {
 		case <-ctx.Done():
 		}
 	})
-	if _, err := l.Cluster.WaitNodeReady(ctx, c.Name()); err == nil {
-		c.Timeline.mark(NodeReady)
+	for {
+		_, err := l.Cluster.WaitNodeReady(ctx, c.Name())
+		if err == nil {
+			c.Timeline.mark(NodeReady)
+			return
+		}
+		// One request that fails is no reason to look away.
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Second):
+			l.log.Warn("watch for Ready goes on", "node", c.Name(), "err", err)
+		}
 	}
 }
 

@@ -15,6 +15,9 @@ import (
 // webPort is where the pods of the web image serve their page.
 const webPort = 8080
 
+// serverStarts is how long the page of a pod that runs is asked for.
+const serverStarts = 30 * time.Second
+
 // Web is a pod that serves a page, and how it was reached.
 type Web struct {
 	Name string        `json:"name"`
@@ -34,12 +37,22 @@ func (l *Lab) RunWeb(ctx context.Context, name, nodeName string) (Web, error) {
 		return Web{}, err
 	}
 	w := Web{Name: name, IP: p.Status.PodIP, From: ProbeAddr}
-	began := time.Now()
-	if err := l.fetch(ctx, w.IP); err != nil {
-		return w, fmt.Errorf("pod %s runs, but %w", name, err)
+	// A pod is Running before its server listens.
+	try, cancel := context.WithTimeout(ctx, serverStarts)
+	defer cancel()
+	for {
+		began := time.Now()
+		err := l.fetch(try, w.IP)
+		if err == nil {
+			w.Took = time.Since(began)
+			return w, nil
+		}
+		select {
+		case <-try.Done():
+			return w, fmt.Errorf("pod %s runs, but %w", name, err)
+		case <-time.After(200 * time.Millisecond):
+		}
 	}
-	w.Took = time.Since(began)
-	return w, nil
 }
 
 // fetch gets the page of a pod of the web image.

@@ -8,9 +8,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -158,6 +160,10 @@ func firmwareRuns(ctx context.Context, a Accel) bool {
 	out := &awaitText{text: "SeaBIOS", found: cancel}
 	cmd.Stdout = out
 	cmd.WaitDelay = time.Second
+	// It must not outlive this process; the signal is about the thread that starts it.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	err := cmd.Run()
 	return out.seen && (err == nil || errors.Is(ctx.Err(), context.Canceled))
 }

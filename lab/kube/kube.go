@@ -126,19 +126,24 @@ func (c *Cluster) prepare() error {
 
 // freeAddress returns a loopback address on which port is free. The address
 // varies, not the port, because the API server tells pods its own port, and in
-// the VPC that is the one that nodes know.
+// the VPC that is the one that nodes know. Only where the port is taken on every
+// address of this host, by a cluster of somebody's, another one has to do.
 func freeAddress(port uint16) (netip.AddrPort, error) {
 	var last error
-	for range 32 {
+	for i := range 32 {
 		b := [3]byte{}
 		if _, err := rand.Read(b[:]); err != nil {
 			return netip.AddrPort{}, err
+		}
+		if i == 16 {
+			port = 0
 		}
 		// 127.64.0.0/10 keeps clear of addresses that people use by hand; the last
 		// byte of those that look like networks or broadcasts.
 		a := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 64 | b[0]&63, b[1], 1 + b[2]%254}), port)
 		l, err := net.Listen("tcp", a.String())
 		if err == nil {
+			a = netip.MustParseAddrPort(l.Addr().String())
 			return a, l.Close()
 		}
 		last = err
