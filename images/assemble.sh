@@ -10,6 +10,7 @@
 #   DISK    file that the ext4 file system of SIZE is written into, at OFFSET;
 #           boot.img and core.img of the boot loader are put beside it
 set -eu
+umask 022 # files of the node are not the user's, nor are their modes
 tree=$1 base=$2 rootfs=$3 stage=$4 disk=$5 offset=$6 size=$7 uuid=$8
 shift 8
 

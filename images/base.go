@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -97,10 +98,16 @@ func (b *builder) mmdebstrap(ctx context.Context, out, sources, script, initramf
 		"--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-include=/usr/share/doc/*/copyright",
 		"--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/info/*",
 		"--dpkgopt=path-exclude=/usr/share/locale/*",
-		"--essential-hook=mkdir -p \"$1/etc\" && cp -r "+initramfs+" \"$1/etc/\"",
-		"--customize-hook="+hook,
+		"--essential-hook=mkdir -p \"$1/etc\" && cp -r \"$INITRAMFS\" \"$1/etc/\"",
+		"--customize-hook=\"$HOOK\" \"$1\"",
 		debian, out, list)
-	cmd.Env = append(cmd.Env, "TMPDIR="+tree)
+	// The hooks are text for a shell; a path may hold anything.
+	cmd.Env = append(cmd.Env, "TMPDIR="+tree, "INITRAMFS="+initramfs, "HOOK="+hook)
+	// mmdebstrap does not read the host's apt.conf. As an option of its own the proxy
+	// would stay in the image.
+	if dump, err := exec.CommandContext(ctx, "apt-config", "dump", "--format", "%f %v%n", "Acquire").Output(); err == nil {
+		cmd.Env = append(cmd.Env, aptProxies(string(dump))...)
+	}
 	step := 0.0
 	return run(ctx, cmd, func(line string) {
 		note, ok := strings.CutPrefix(line, "I: ")
@@ -110,6 +117,20 @@ func (b *builder) mmdebstrap(ctx context.Context, out, sources, script, initramf
 		step++
 		b.Progress.Update(baseStep, min(step/mmdebstrapSteps, 1), note)
 	})
+}
+
+// aptProxies are the proxies of apt's configuration, as environment variables that
+// apt reads where it has no configuration.
+func aptProxies(dump string) []string {
+	var out []string
+	for line := range strings.Lines(dump) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+		variable := map[string]string{"Acquire::http::Proxy": "http_proxy", "Acquire::https::Proxy": "https_proxy"}[name]
+		if variable != "" && value != "" && !strings.EqualFold(value, "DIRECT") {
+			out = append(out, variable+"="+value)
+		}
+	}
+	return out
 }
 
 // mmdebstrapSteps is how many lines of progress mmdebstrap prints, as of 1.3.5.
@@ -163,6 +184,13 @@ func uncomment(stanza string) string {
 	return strings.TrimSuffix(out.String(), "\n") + "\n"
 }
 
+// optionFields are the options of one-line entries that say how an archive is
+// trusted and reached, by their names in deb822 (sources.list(5)).
+var optionFields = map[string]string{
+	"signed-by": "Signed-By", "trusted": "Trusted", "check-valid-until": "Check-Valid-Until", "check-date": "Check-Date",
+	"allow-insecure": "Allow-Insecure", "allow-weak": "Allow-Weak", "by-hash": "By-Hash",
+}
+
 // oneLine rewrites the lines of a one-line-style list as deb822 stanzas.
 func oneLine(list string) []string {
 	var out []string
@@ -176,8 +204,9 @@ func oneLine(list string) []string {
 		rest = strings.TrimSpace(rest)
 		if options, after, found := strings.Cut(rest, "]"); found && strings.HasPrefix(rest, "[") {
 			for _, o := range strings.Fields(options[1:]) {
-				if key, ok := strings.CutPrefix(o, "signed-by="); ok {
-					stanza += "Signed-By: " + key + "\n"
+				key, value, _ := strings.Cut(o, "=")
+				if field := optionFields[key]; field != "" {
+					stanza += field + ": " + value + "\n"
 				}
 			}
 			rest = after

@@ -70,7 +70,7 @@ func (b *builder) components(ctx context.Context) error {
 	for _, name := range slices.Sorted(maps.Keys(components)) {
 		what := components[name]
 		key := keyOf(tree, fmt.Sprint(name, what), tags, cgoTags, ld, runtime.Version(), runtime.GOARCH)
-		b.keys[name] = key
+		b.setKey(name, key)
 		switch {
 		case stamped(filepath.Join(b.binDir(), name), key):
 		case what.pkg == "":
@@ -91,8 +91,10 @@ func (b *builder) components(ctx context.Context) error {
 	}
 	for _, name := range c {
 		src := filepath.Join(dir, name, name+".c")
-		err := b.step(name, filepath.Join(b.binDir(), name), b.keys[name], func(tmp string) error {
-			return run(ctx, exec.Command("gcc", "-Os", "-Wall", "-Werror", "-static", "-s", "-o", tmp, src), nil)
+		err := b.step(name, filepath.Join(b.binDir(), name), b.key(name), func(tmp string) error {
+			cmd := exec.Command("gcc", "-Os", "-Wall", "-Werror", "-static", "-s", "-o", tmp, src)
+			cmd.Env = append(os.Environ(), "TMPDIR="+filepath.Dir(tmp))
+			return run(ctx, cmd, nil)
 		})
 		if err != nil {
 			return err
@@ -114,15 +116,18 @@ func (b *builder) compile(ctx context.Context, step, dir string, names, env []st
 		return fmt.Errorf("make temporary directory: %w", err)
 	}
 	defer os.RemoveAll(tmp)
-	flags = append(flags, "-trimpath", "-mod=readonly")
+	// A stamp of the repository is in no binary of others, and git need not be there.
+	flags = append(flags, "-trimpath", "-mod=readonly", "-buildvcs=false")
 	var pkgs []string
 	for _, name := range names {
 		pkgs = append(pkgs, components[name].pkg)
 	}
 	command := func(args ...string) *exec.Cmd {
-		cmd := exec.Command("go", append(args, pkgs...)...)
+		// In a process namespace of its own, as the compilers are grandchildren: they
+		// end with it, and it with us. What they were making is in tmp.
+		cmd := asRoot(os.Geteuid(), "go", append(args, pkgs...)...)
 		cmd.Dir = dir
-		cmd.Env = append(os.Environ(), append(env, "GOFLAGS=", "GOWORK=off")...)
+		cmd.Env = append(cmd.Env, append(env, "GOFLAGS=", "GOWORK=off", "GOTMPDIR="+tmp, "TMPDIR="+tmp)...)
 		return cmd
 	}
 	b.Progress.Update(step, -1, "modules")
@@ -139,7 +144,8 @@ func (b *builder) compile(ctx context.Context, step, dir string, names, env []st
 		return fmt.Errorf("list packages: %w", err)
 	}
 	done := 0
-	build := command(append([]string{"build", "-v", "-o", tmp + "/"}, flags...)...)
+	out := filepath.Join(tmp, "bin")
+	build := command(append([]string{"build", "-v", "-o", out + "/"}, flags...)...)
 	err = run(ctx, build, func(line string) {
 		if strings.ContainsAny(line, " \t") { // a message, not the name of a package
 			return
@@ -151,7 +157,7 @@ func (b *builder) compile(ctx context.Context, step, dir string, names, env []st
 		return fmt.Errorf("build %s: %w", strings.Join(names, ", "), err)
 	}
 	for _, name := range names {
-		if err := commit(filepath.Join(tmp, outputName(components[name].pkg)), filepath.Join(b.binDir(), name), b.keys[name]); err != nil {
+		if err := commit(filepath.Join(out, outputName(components[name].pkg)), filepath.Join(b.binDir(), name), b.key(name)); err != nil {
 			return err
 		}
 	}
@@ -165,16 +171,18 @@ func outputName(pkg string) string { return path.Base(majorVersion.ReplaceAllStr
 
 // versions are the versions of the modules in the module at dir, as go.mod has them.
 func versions(ctx context.Context, dir string) (map[string]string, error) {
-	var out strings.Builder
-	cmd := exec.Command("go", "mod", "edit", "-json")
+	cmd := exec.CommandContext(ctx, "go", "mod", "edit", "-json")
 	cmd.Dir = dir
-	if err := run(ctx, cmd, func(line string) { out.WriteString(line + "\n") }); err != nil {
-		return nil, fmt.Errorf("read go.mod: %w", err)
+	var messages strings.Builder // not JSON: a toolchain that is being fetched
+	cmd.Stderr = &messages
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("read go.mod: %w: %s", err, messages.String())
 	}
 	var mod struct {
 		Require []struct{ Path, Version string }
 	}
-	if err := json.Unmarshal([]byte(out.String()), &mod); err != nil {
+	if err := json.Unmarshal(out, &mod); err != nil {
 		return nil, fmt.Errorf("read go.mod: %w", err)
 	}
 	v := map[string]string{}

@@ -98,9 +98,9 @@ func (b *builder) containerImages(ctx context.Context, base string) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		key := keyOf(recipe, ref, fmt.Sprintf("%+v", image), b.keys[image.component])
+		key := keyOf(recipe, ref, fmt.Sprintf("%+v", image), b.key(image.component))
 		if image.debian != nil {
-			key = keyOf(key, b.keys[baseStep])
+			key = keyOf(key, b.key(baseStep))
 		}
 		err := b.step(containerStep(ref), filepath.Join(b.ociDir(), image.file), key, func(tmp string) error {
 			return b.containerImage(tmp, ref, image, base)

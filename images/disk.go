@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"syscall"
 )
 
 const (
@@ -34,14 +35,14 @@ func (b *builder) disk(ctx context.Context, base string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	inputs := []string{recipe, tree, b.keys[baseStep]}
+	inputs := []string{recipe, tree, b.key(baseStep)}
 	for _, name := range slices.Sorted(maps.Keys(components)) {
 		if components[name].onNode {
-			inputs = append(inputs, name, b.keys[name])
+			inputs = append(inputs, name, b.key(name))
 		}
 	}
 	for _, ref := range slices.Sorted(maps.Keys(nodeImages())) {
-		inputs = append(inputs, ref, b.keys[containerStep(ref)])
+		inputs = append(inputs, ref, b.key(containerStep(ref)))
 	}
 	for _, deb := range b.Debs {
 		key, err := treeKey(deb)
@@ -196,8 +197,8 @@ func bootArea(boot, core []byte, signature [4]byte) ([]byte, error) {
 	return append(head, core...), nil
 }
 
-// dropOld removes the node images that were replaced, except for the last one:
-// machines that are based on it may still be there.
+// dropOld removes the node images that were replaced, except for the last one and
+// those that somebody holds: machines are based on them.
 func (b *builder) dropOld(current string) error {
 	found, err := filepath.Glob(filepath.Join(b.Cache, "images", "node-*.qcow2"))
 	if err != nil {
@@ -219,9 +220,46 @@ func (b *builder) dropOld(current string) error {
 	}
 	slices.SortFunc(old, func(a, b image) int { return cmp.Compare(b.made, a.made) })
 	for _, image := range old[min(1, len(old)):] {
-		if err := errors.Join(os.Remove(stampOf(image.file)), os.Remove(image.file)); err != nil {
+		f, err := hold(image.file, syscall.LOCK_EX)
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("remove old node image: %w", err)
+		}
+		err = errors.Join(removeFile(stampOf(image.file)), removeFile(image.file), f.Close())
+		if err != nil {
 			return fmt.Errorf("remove old node image: %w", err)
 		}
 	}
 	return nil
+}
+
+func removeFile(name string) error {
+	if err := os.Remove(name); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// Hold keeps later builds from removing a node image, until the file is closed.
+func Hold(image string) (*os.File, error) {
+	f, err := hold(image, syscall.LOCK_SH)
+	if err != nil {
+		return nil, fmt.Errorf("hold node image: %w", err)
+	}
+	return f, nil
+}
+
+// hold locks by flock(2), which is not what QEMU locks its disks by.
+func hold(image string, how int) (*os.File, error) {
+	f, err := os.Open(image)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), how|syscall.LOCK_NB); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }

@@ -15,13 +15,18 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // Options say what to build from, and where to.
 type Options struct {
-	Source   string   // the repository
-	Cache    string   // as CacheDir says
-	Debs     []string // our own packages, installed into the node image
+	Source string   // the repository
+	Cache  string   // as CacheDir says
+	Debs   []string // our own packages, installed into the node image
+	// Package makes Debs, while no other build uses the cache; nil: they are there.
+	Package  func(ctx context.Context) error
 	Progress Progress
 }
 
@@ -33,7 +38,7 @@ type Artifacts struct {
 }
 
 // Progress is told how a build goes. A step may begin without ending only if
-// the process dies. Calls come from one goroutine at a time.
+// the process dies. Steps run beside each other, so calls come from many goroutines.
 type Progress interface {
 	Begin(step string)
 	// Update says how far the step is, 0 to 1 or negative where nobody knows, and
@@ -70,11 +75,24 @@ func Build(ctx context.Context, o Options) (*Artifacts, error) {
 		return nil, err
 	}
 	defer unlock()
-	if err := b.components(ctx); err != nil {
+	if err := b.check(ctx); err != nil {
 		return nil, err
 	}
-	base, err := b.base(ctx)
-	if err != nil {
+	if o.Package != nil {
+		if err := o.Package(ctx); err != nil {
+			return nil, err
+		}
+	}
+	// Debian comes over the network and from one thread while compilers have the
+	// processors. An error of either ends both.
+	var base string
+	both, bctx := errgroup.WithContext(ctx)
+	both.Go(func() error { return b.components(bctx) })
+	both.Go(func() (err error) {
+		base, err = b.base(bctx)
+		return err
+	})
+	if err := both.Wait(); err != nil {
 		return nil, err
 	}
 	if err := b.containerImages(ctx, base); err != nil {
@@ -90,7 +108,20 @@ func Build(ctx context.Context, o Options) (*Artifacts, error) {
 // builder is one build.
 type builder struct {
 	Options
+	mu   sync.Mutex        // guards keys
 	keys map[string]string // of what was built, by the name of its step
+}
+
+func (b *builder) key(step string) string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.keys[step]
+}
+
+func (b *builder) setKey(step, key string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.keys[step] = key
 }
 
 func (b *builder) binDir() string { return filepath.Join(b.Cache, "components", "bin") }
@@ -102,7 +133,7 @@ func (b *builder) ociDir() string { return filepath.Join(b.Cache, "images", "oci
 func (b *builder) step(name, file, key string, f func(tmp string) error) (err error) {
 	b.Progress.Begin(name)
 	defer func() { b.Progress.End(name, err) }()
-	b.keys[name] = key
+	b.setKey(name, key)
 	if stamped(file, key) {
 		return nil
 	}

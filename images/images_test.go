@@ -463,4 +463,24 @@ func TestDropOldKeepsCurrentAndLast(t *testing.T) {
 	if !slices.Equal(left, []string{name("b"), name("d")}) {
 		t.Errorf("left: %v", left)
 	}
+
+	// A lab's image stays; one that lost its stamp, or half of a removal, goes.
+	write(t, dir, map[string]string{"node-a.qcow2": "a", "node-c.qcow2": "c"})
+	for i, n := range []string{"a", "c"} {
+		if err := os.Chtimes(name(n), time.Time{}, time.Unix(int64(-i), 0)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	held, err := Hold(name("a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	if err := b.dropOld(name("b")); err != nil {
+		t.Fatal(err)
+	}
+	left, _ = filepath.Glob(filepath.Join(dir, "node-*"))
+	if !slices.Equal(left, []string{name("a"), name("b"), name("d")}) {
+		t.Errorf("left while a lab holds a: %v", left)
+	}
 }

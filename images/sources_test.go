@@ -1,6 +1,9 @@
 package images
 
-import "testing"
+import (
+	"slices"
+	"testing"
+)
 
 func TestAptSources(t *testing.T) {
 	for _, c := range []struct {
@@ -26,6 +29,11 @@ func TestAptSources(t *testing.T) {
 			"Types: deb\nSigned-By: /k.gpg\nURIs: http://d.example/debian\nSuites: bookworm\nComponents: main\n",
 		},
 		{
+			"a mirror inside",
+			map[string]string{"sources.list": "deb [trusted=yes check-valid-until=no] http://d.example/debian bookworm main\n"},
+			"Types: deb\nTrusted: yes\nCheck-Valid-Until: no\nURIs: http://d.example/debian\nSuites: bookworm\nComponents: main\n",
+		},
+		{
 			"turned off",
 			map[string]string{"sources.list.d/d.sources": "Enabled: no\nTypes: deb\nURIs: http://d.example\nSuites: bookworm\nComponents: main\n"},
 			"",
@@ -39,5 +47,13 @@ func TestAptSources(t *testing.T) {
 		if got != c.want || (err == nil) != (c.want != "") {
 			t.Errorf("%s:\n%s%v\nwant\n%s", c.name, got, err, c.want)
 		}
+	}
+}
+
+func TestAptProxies(t *testing.T) {
+	got := aptProxies("Acquire \nAcquire::http::Proxy http://p.example:3128\nAcquire::http::Proxy::d.example DIRECT\n" +
+		"Acquire::https::Proxy DIRECT\nAcquire::ftp::Proxy ftp://p.example\n")
+	if want := []string{"http_proxy=http://p.example:3128"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
 	}
 }

@@ -22,6 +22,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tkenode/tkenode/images"
 	"github.com/tkenode/tkenode/lab/cloud"
 	"github.com/tkenode/tkenode/lab/kube"
 	"github.com/tkenode/tkenode/lab/monitor"
@@ -90,6 +91,11 @@ func Start(ctx context.Context, o Options) (_ *Lab, err error) {
 			return nil, fmt.Errorf("make lab directory: %w", err)
 		}
 	}
+	held, err := images.Hold(o.Image) // the machines' disks are based on it
+	if err != nil {
+		return nil, err
+	}
+	l.onStop(func(context.Context) error { return held.Close() })
 	if l.key, err = newLoginKey(o.Cache); err != nil {
 		return nil, err
 	}

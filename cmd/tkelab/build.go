@@ -31,15 +31,25 @@ func buildWith(ctx context.Context, p *progress) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	// The longest of the lab's sockets; unix(7) has room for 107 bytes.
+	if n := len(filepath.Join(labDir(), "cvm", "ins-12345678", "qmp.sock")) - 107; n > 0 {
+		return "", fmt.Errorf("%s is too long by %d bytes for the sockets in it; set TKENODE_CACHE to a shorter path", cacheDir(), n)
+	}
 	if err := os.MkdirAll(cacheDir(), 0o755); err != nil {
 		return "", err
 	}
 	deb := filepath.Join(cacheDir(), "tkenode.deb")
-	// The binaries are where make build puts them: beside this one.
-	if err := packaging.Deb(ctx, packaging.Options{Bin: filepath.Dir(self), Out: deb, Version: version}); err != nil {
-		return "", fmt.Errorf("%w; run: make build", err)
-	}
-	a, err := images.Build(ctx, images.Options{Source: source, Cache: cacheDir(), Debs: []string{deb}, Progress: p})
+	a, err := images.Build(ctx, images.Options{
+		Source: source, Cache: cacheDir(), Debs: []string{deb}, Progress: p,
+		Package: func(ctx context.Context) error {
+			// The binaries are where make build puts them: beside this one.
+			err := packaging.Deb(ctx, packaging.Options{Bin: filepath.Dir(self), Out: deb, Version: version})
+			if err != nil {
+				return fmt.Errorf("%w; run: make build", err)
+			}
+			return nil
+		},
+	})
 	if err != nil {
 		return "", err
 	}
