@@ -79,7 +79,7 @@ var badInputs = []badInput{
 		name:     "user-data not YAML",
 		userData: replace("  id: cls-lab00001\n", "  id: cls-lab00001\n id: cls-lab00001\n"),
 		reason:   "NodeConfigInvalid",
-		want:     []string{"NodeConfig line 4: not YAML, here or in the lines next to it: did not find expected key; check indentation and quotes"},
+		want:     []string{"NodeConfig line 5: not YAML from here on: did not find expected key; check indentation and quotes"},
 	},
 	{
 		name:     "unknown field",
@@ -192,6 +192,14 @@ var badInputs = []badInput{
 		fault:  func(_ *testing.T, l *Lab) { l.Net.SetClock(2*time.Hour, true) },
 		reason: "ClockSkewed",
 		want: []string{"this node's clock says *, API server https://10.0.0.10:6443's says *: *h*m*s ahead" +
+			"; check time synchronisation (timedatectl timesync-status) and who may reach the NTP server"},
+		heal: func(_ *testing.T, l *Lab) { l.Net.SetClock(0, true) },
+	},
+	{
+		name:   "clock two hours behind",
+		fault:  func(_ *testing.T, l *Lab) { l.Net.SetClock(-2*time.Hour, true) },
+		reason: "ClockSkewed",
+		want: []string{"this node's clock says *, API server https://10.0.0.10:6443's says *: *h*m*s behind" +
 			"; check time synchronisation (timedatectl timesync-status) and who may reach the NTP server"},
 		heal: func(_ *testing.T, l *Lab) { l.Net.SetClock(0, true) },
 	},

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"reflect"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -88,7 +89,7 @@ func (d *decoder) document(doc []byte, cfg *node.Config) {
 		d.problem(0, "", "is empty; %s", beginsWith)
 		return
 	case err != nil:
-		d.syntax(err)
+		d.syntax(doc, err)
 		return
 	}
 	top := root.Content[0]
@@ -98,13 +99,18 @@ func (d *decoder) document(doc []byte, cfg *node.Config) {
 	}
 	d.value(top, reflect.ValueOf(cfg).Elem(), "")
 	d.recognise(cfg)
-	var second yaml.Node
-	switch err := dec.Decode(&second); {
-	case errors.Is(err, io.EOF):
-	case err != nil:
-		d.syntax(err)
-	default:
-		d.problem(second.Line, "", "a second document begins here; keep one")
+	for {
+		var next yaml.Node
+		switch err := dec.Decode(&next); {
+		case errors.Is(err, io.EOF):
+			return
+		case err != nil:
+			d.syntax(doc, err)
+			return
+		case !isNull(next.Content[0]): // else it is a "---" at the end
+			d.problem(next.Line, "", "a second document begins here; keep one")
+			return
+		}
 	}
 }
 
@@ -114,7 +120,8 @@ func (d *decoder) recognise(cfg *node.Config) {
 	if d.recognised {
 		return
 	}
-	d.problems = nil
+	// A header of a wrong type has its problem already.
+	d.problems = slices.DeleteFunc(d.problems, func(p Problem) bool { return p.Field != "apiVersion" && p.Field != "kind" })
 	if cfg.APIVersion != node.APIVersion {
 		d.header("apiVersion", cfg.APIVersion, node.APIVersion)
 	}
@@ -124,6 +131,9 @@ func (d *decoder) recognise(cfg *node.Config) {
 }
 
 func (d *decoder) header(field, got, want string) {
+	if d.failed[field] {
+		return
+	}
 	if got == "" {
 		d.problem(d.line(field), field, "missing; %s", beginsWith)
 	} else {
@@ -131,14 +141,43 @@ func (d *decoder) header(field, got, want string) {
 	}
 }
 
-var yamlLine = regexp.MustCompile(`^(?:yaml: )?(?:line (\d+): )?`)
+var yamlLine = regexp.MustCompile(`^(?:yaml: )?(?:line \d+: )?`)
 
-// syntax reports what the YAML parser says, in our form.
-func (d *decoder) syntax(err error) {
-	text := err.Error()
-	m := yamlLine.FindStringSubmatch(text)
-	line, _ := strconv.Atoi(m[1])
-	d.problem(line, "", "not YAML, here or in the lines next to it: %s; check indentation and quotes", text[len(m[0]):])
+// syntax reports what the YAML parser says, and where.
+func (d *decoder) syntax(doc []byte, err error) {
+	text := yamlLine.ReplaceAllString(err.Error(), "")
+	d.problem(culprit(doc), "", "not YAML from here on: %s; check indentation and quotes", text)
+}
+
+// maxReparsed bounds the search for a culprit: NodeConfigs have some kilobytes
+// and some hundred lines, and whoever sends more may look for himself.
+const maxReparsed = 16 << 20
+
+// culprit returns the line after the longest run of lines that is YAML, or 0 when
+// the search takes too long. The parser itself names a line before or after it,
+// or the one where what it was in begins, or none.
+func culprit(doc []byte) int {
+	lines := bytes.SplitAfter(doc, []byte("\n"))
+	end, read := len(doc), 0
+	for n := len(lines) - 1; n >= 0; n-- {
+		end -= len(lines[n])
+		if read += end; read > maxReparsed {
+			return 0
+		}
+		if isYAML(doc[:end]) {
+			return n + 1
+		}
+	}
+	return 1
+}
+
+func isYAML(doc []byte) bool {
+	for dec := yaml.NewDecoder(bytes.NewReader(doc)); ; {
+		var n yaml.Node
+		if err := dec.Decode(&n); err != nil {
+			return errors.Is(err, io.EOF)
+		}
+	}
 }
 
 // value decodes n into v, which is the field at path.
@@ -194,10 +233,13 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, path string) {
 		}
 	case reflect.Int:
 		i, err := strconv.ParseInt(n.Value, 10, 32)
-		if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!int" || err != nil {
+		switch {
+		case n.Kind != yaml.ScalarNode || n.ShortTag() != "!!int" || err != nil && !errors.Is(err, strconv.ErrRange):
 			d.problem(n.Line, path, "found %s, expected a whole number", found(n))
-		} else {
-			v.SetInt(i)
+		case octal(n.Value):
+			d.octal(n, path)
+		default:
+			v.SetInt(i) // the nearest there is, if it is out of range: validation says what the range is
 		}
 	default:
 		panic("nodeconfig: node.Config has a field of type " + v.Type().String() + " at " + path)
@@ -330,12 +372,47 @@ func (d *decoder) free(n *yaml.Node, path string) any {
 		if err := n.Decode(&x); err != nil {
 			d.problem(n.Line, path, "found %s that cannot be read", found(n))
 		}
-		if f, ok := x.(float64); ok && (math.IsNaN(f) || math.IsInf(f, 0)) {
-			d.problem(n.Line, path, "found %s, expected a finite number", found(n))
-		}
+		d.number(n, x, path)
 		return x
 	}
 	return n.Value
+}
+
+// maxExact is the greatest number up to which JSON's readers tell all integers
+// apart. Source: RFC 8259, 6.
+const maxExact = 1 << 53
+
+// number reports a number that would not be read back as it stands.
+func (d *decoder) number(n *yaml.Node, x any, path string) {
+	large := false
+	switch x := x.(type) {
+	case float64:
+		if math.IsNaN(x) || math.IsInf(x, 0) {
+			d.problem(n.Line, path, "found %s, expected a finite number", found(n))
+			return
+		}
+		large = n.ShortTag() == "!!int"
+	case int:
+		large = x > maxExact || x < -maxExact
+	case uint64:
+		large = true // yaml takes int for what fits in one
+	}
+	switch {
+	case large:
+		d.problem(n.Line, path, "found %s, expected one of at most %d", found(n), maxExact)
+	case n.ShortTag() == "!!int" && octal(n.Value):
+		d.octal(n, path)
+	}
+}
+
+// octal reports whether YAML takes what looks like a decimal number for an octal one.
+func octal(text string) bool {
+	digits := strings.TrimLeft(text, "+-")
+	return len(digits) > 1 && digits[0] == '0' && strings.Trim(digits, "0123456789_") == ""
+}
+
+func (d *decoder) octal(n *yaml.Node, path string) {
+	d.problem(n.Line, path, "found %s, which YAML takes for octal; write it without leading zeros", found(n))
 }
 
 func fieldByKey(v reflect.Value, key string) (reflect.Value, bool) {
@@ -356,14 +433,20 @@ func keys(t reflect.Type) []string {
 }
 
 func join(path, key string) string {
+	if !plainKey.MatchString(key) {
+		key = quote(key)
+	}
 	if path == "" {
 		return key
 	}
 	return path + "." + key
 }
 
+// plainKey is what a field may be called; anything else is quoted in paths.
+var plainKey = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,60}$`)
+
 // entry is the path of a map's entry, whose key may hold dots.
-func entry(path, key string) string { return path + "[" + strconv.Quote(key) + "]" }
+func entry(path, key string) string { return path + "[" + strconv.Quote(clip(key)) + "]" }
 
 func isNull(n *yaml.Node) bool { return n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null" }
 

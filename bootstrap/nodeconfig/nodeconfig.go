@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/tkenode/tkenode/agent/node"
 )
@@ -43,16 +44,32 @@ func (p Problem) String() string {
 	if p.Field != "" {
 		b.WriteString(": " + p.Field)
 	}
-	return b.String() + ": " + p.Text
+	b.WriteString(": " + p.Text)
+	return strings.Map(printable, b.String())
 }
+
+// printable replaces what could drive the terminal that shows a message.
+func printable(r rune) rune {
+	if !unicode.IsPrint(r) {
+		return '�'
+	}
+	return r
+}
+
+// maxProblems is how many problems are told at once: a serial console is slow,
+// and scrolls.
+const maxProblems = 20
 
 // Problems is everything that is wrong with a NodeConfig, in order of lines.
 type Problems []Problem
 
 func (ps Problems) Error() string {
-	lines := make([]string, len(ps))
-	for i, p := range ps {
-		lines[i] = p.String()
+	var lines []string
+	for _, p := range ps[:min(len(ps), maxProblems)] {
+		lines = append(lines, p.String())
+	}
+	if more := len(ps) - maxProblems; more > 0 {
+		lines = append(lines, fmt.Sprintf("and %d more", more))
 	}
 	return strings.Join(lines, "\n")
 }
