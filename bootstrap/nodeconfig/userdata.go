@@ -48,10 +48,11 @@ func find(data []byte) (doc []byte, part int, err error) {
 	if len(bytes.TrimSpace(data)) == 0 {
 		return nil, 0, missing("user-data is empty")
 	}
-	if looksLikeMIME(data) {
-		return fromMIME(data)
+	// Writers of templates leave blank lines at the beginning.
+	if begins := bytes.TrimLeft(data, " \t\r\n"); looksLikeMIME(begins) {
+		return fromMIME(begins)
 	}
-	if what := cloudInitFormat(data); what != "" {
+	if what := cloudInitFormat(bytes.TrimLeft(data, " \t\r\n")); what != "" {
 		return nil, 0, missing("user-data is %s and has no NodeConfig", what)
 	}
 	return data, 0, nil
@@ -90,9 +91,9 @@ func gunzip(data []byte) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(r, maxUserData+1))
 }
 
-var base64Text = regexp.MustCompile(`^[A-Za-z0-9+/\s]{40,}[=\s]*$`)
+var base64Text = regexp.MustCompile(`^\s*[A-Za-z0-9+/\r\n]{40,}={0,2}\s*$`)
 
-// looksLikeBase64 is true for no NodeConfig: those have colons.
+// looksLikeBase64 is true for no NodeConfig: those have colons. Words have spaces.
 func looksLikeBase64(data []byte) bool { return base64Text.Match(data) }
 
 // cloudInitFormat names the user-data formats that only cloud-init reads.
@@ -130,7 +131,7 @@ func fromMIME(data []byte) (doc []byte, part int, err error) {
 		return nil, 0, invalid(fixCutOff, "user-data begins like a MIME message and is none: %w", err)
 	}
 	mediaType, params, err := mime.ParseMediaType(msg.Header.Get("Content-Type"))
-	if err != nil {
+	if err != nil && !errors.Is(err, mime.ErrInvalidMediaParameter) {
 		return nil, 0, invalid("", "user-data is a MIME message with an unreadable Content-Type: %w", err)
 	}
 	if !strings.HasPrefix(mediaType, "multipart/") {
@@ -143,7 +144,32 @@ func fromMIME(data []byte) (doc []byte, part int, err error) {
 	if params["boundary"] == "" {
 		return nil, 0, invalid("", "user-data is a MIME multipart without a boundary in its Content-Type")
 	}
-	return fromParts(multipart.NewReader(msg.Body, params["boundary"]))
+	content, err := io.ReadAll(msg.Body)
+	if err != nil {
+		return nil, 0, invalid(fixCutOff, "user-data cannot be read as a MIME message: %w", err)
+	}
+	if err := closed(content, params["boundary"]); err != nil {
+		return nil, 0, err
+	}
+	return fromParts(multipart.NewReader(bytes.NewReader(content), params["boundary"]))
+}
+
+// closed makes sure that a multipart message is whole: its reader takes one that
+// ends behind a boundary, or in the headers of a part, for a shorter one.
+func closed(content []byte, boundary string) error {
+	opened := false
+	for line := range bytes.Lines(content) {
+		switch string(bytes.TrimRight(line, " \t\r\n")) {
+		case "--" + boundary:
+			opened = true
+		case "--" + boundary + "--":
+			return nil
+		}
+	}
+	if !opened {
+		return invalid("check what puts the message together", "user-data is a MIME multipart, and no line is the boundary %s of its Content-Type", quote("--"+boundary))
+	}
+	return invalid(fixCutOff, "user-data is cut off: a MIME multipart that ends without the line %s", quote("--"+boundary+"--"))
 }
 
 func fromParts(r *multipart.Reader) (doc []byte, part int, err error) {
@@ -154,20 +180,20 @@ func fromParts(r *multipart.Reader) (doc []byte, part int, err error) {
 			break
 		}
 		if err != nil {
-			return nil, 0, invalid(fixCutOff, "user-data is cut off or damaged after %d MIME parts: %w", n-1, err)
+			return nil, 0, invalid("check what puts the message together", "user-data is damaged after %d MIME parts: %w", n-1, err)
 		}
 		if n > maxParts {
 			return nil, 0, invalid("", "user-data has more than %d MIME parts", maxParts)
 		}
 		mediaType, _, err := mime.ParseMediaType(p.Header.Get("Content-Type"))
-		if err != nil {
+		if err != nil && !errors.Is(err, mime.ErrInvalidMediaParameter) {
 			mediaType = "text/plain" // as RFC 2045, 5.2 says
 		}
 		types = append(types, clip(mediaType))
 		what := fmt.Sprintf("user-data part %d", n)
 		content, err := body(what, p, p.Header.Get("Content-Transfer-Encoding"))
 		switch {
-		case mediaType != MediaType && !cutOff(err):
+		case mediaType != MediaType:
 			// Somebody else's part, however strange.
 		case err != nil:
 			return nil, 0, err
@@ -186,17 +212,11 @@ func fromParts(r *multipart.Reader) (doc []byte, part int, err error) {
 	return doc, part, nil
 }
 
-// cutOff reports whether err means that the MIME message ends before its
-// closing boundary does.
-func cutOff(err error) bool { return errors.Is(err, errCutOff) }
-
-var errCutOff = errors.New("the MIME message ends without its closing boundary")
-
 // body reads and unpacks a part.
 func body(what string, r io.Reader, encoding string) ([]byte, error) {
 	raw, err := io.ReadAll(io.LimitReader(r, maxUserData+1))
 	if err != nil {
-		return nil, invalid(fixCutOff, "%s is cut off: %w", what, errCutOff)
+		return nil, invalid(fixCutOff, "%s cannot be read: %w", what, err)
 	}
 	switch strings.ToLower(strings.TrimSpace(encoding)) {
 	case "", "7bit", "8bit", "binary":
