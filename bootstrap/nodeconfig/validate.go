@@ -1,6 +1,7 @@
 package nodeconfig
 
 import (
+	"bytes"
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
@@ -113,8 +114,12 @@ func addrText(a netip.Addr) string {
 func (v *validator) authority(field, text string) {
 	rest := []byte(text)
 	for n := 1; ; n++ {
-		var block *pem.Block
-		block, rest = pem.Decode(rest)
+		block, after := pem.Decode(rest)
+		// What cannot be decoded is skipped: there is one BEGIN line more then.
+		if block != nil && bytes.Count(rest[:len(rest)-len(after)], []byte("-----BEGIN")) > 1 {
+			v.problem(field, "certificate %d is damaged; check its indentation, its base64 lines and its END line", n)
+			return
+		}
 		if block == nil {
 			switch {
 			case strings.Contains(string(rest), "-----BEGIN") && !strings.Contains(string(rest), "-----END"):
@@ -126,8 +131,13 @@ func (v *validator) authority(field, text string) {
 			}
 			return
 		}
+		rest = after
 		if block.Type != "CERTIFICATE" {
 			v.problem(field, "block %d is a %s, expected a CERTIFICATE", n, clip(block.Type))
+			continue
+		}
+		if len(block.Headers) > 0 { // which kubelet and the agent pass over
+			v.problem(field, "certificate %d has header lines before its base64 (%s: …); remove them", n, clip(slices.Sorted(maps.Keys(block.Headers))[0]))
 			continue
 		}
 		cert, err := x509.ParseCertificate(block.Bytes)
@@ -232,7 +242,7 @@ func (v *validator) kubelet(k *node.KubeletConfig) {
 	known := slices.Sorted(maps.Keys(kubeletFields)) // so that did-you-mean is the same every time
 	for _, name := range slices.Sorted(maps.Keys(k.Config)) {
 		value := k.Config[name]
-		field := "kubelet.config." + name
+		field := join("kubelet.config", name)
 		kind, ok := kubeletFields[name]
 		switch instead, owned := kubeletOwned[name]; {
 		case owned:
@@ -275,6 +285,9 @@ func (v *validator) registries(rs []node.Registry) {
 		}
 		for j, m := range r.Mirrors {
 			v.httpURL(index(at+".mirrors", j), m, "a URL such as https://mirror.ccs.tencentyun.com")
+			if slices.Index(r.Mirrors, m) < j { // containerd refuses the file
+				v.problem(index(at+".mirrors", j), "%s is there twice; keep one", quote(redactURL(m)))
+			}
 		}
 	}
 }
@@ -325,11 +338,17 @@ func validHostPort(u *url.URL) bool {
 	} else if strings.HasSuffix(u.Host, ":") {
 		return false
 	}
-	_, err := netip.ParseAddr(u.Hostname())
-	return err == nil || isSubdomain(strings.ToLower(u.Hostname()))
+	if a, err := netip.ParseAddr(u.Hostname()); err == nil {
+		return a.Zone() == "" // an interface's name means nothing on another machine
+	}
+	return isSubdomain(strings.ToLower(u.Hostname())) && !numericHost.MatchString(u.Hostname())
 }
 
-var userInfo = regexp.MustCompile(`^([a-z]*://)?[^/]*@`)
+// numericHost is a name whose last label is a number: an address with a mistake,
+// which no resolver takes for a name. Source: RFC 1123, 2.1.
+var numericHost = regexp.MustCompile(`(^|\.)[0-9]+$`)
+
+var userInfo = regexp.MustCompile(`(?i)^([a-z]*://)?[^/]*@`)
 
 // redactURL takes user name and password out of what may be a URL.
 func redactURL(text string) string { return userInfo.ReplaceAllString(text, "${1}…@") }
