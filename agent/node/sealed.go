@@ -46,13 +46,16 @@ func (s Sealed) Encode() ([]byte, error) {
 // was cut off, edited by hand or damaged.
 func DecodeSealed(b []byte) (Sealed, error) {
 	var s Sealed
-	d := json.NewDecoder(bytes.NewReader(b))
-	if err := d.Decode(&s); err != nil {
-		return Sealed{}, fmt.Errorf("decode sealed configuration: %w", err)
+	var raw struct{ Config, Facts json.RawMessage }
+	for _, into := range []any{&s, &raw} {
+		// What follows the object is a line break, or of no consequence.
+		if err := json.NewDecoder(bytes.NewReader(b)).Decode(into); err != nil {
+			return Sealed{}, fmt.Errorf("decode sealed configuration: %w", err)
+		}
 	}
-	digest, err := s.digest()
+	digest, err := digestOf(raw.Config, raw.Facts)
 	if err != nil {
-		return Sealed{}, err
+		return Sealed{}, fmt.Errorf("decode sealed configuration: %w", err)
 	}
 	if s.Digest != digest {
 		return Sealed{}, fmt.Errorf("decode sealed configuration: its digest is %q, its content's is %q", s.Digest, digest)
@@ -60,15 +63,26 @@ func DecodeSealed(b []byte) (Sealed, error) {
 	return s, nil
 }
 
-// digest is computed over the values, not over the file's bytes. Both pass
-// through JSON once more, so that numbers in free-form maps compare as read.
+// digest is that of the file that Encode writes.
 func (s Sealed) digest() (string, error) {
-	b, err := json.Marshal(struct {
-		Config Config
-		Facts  Facts
-	}{s.Config, s.Facts})
+	config, err := json.Marshal(s.Config)
 	if err != nil {
 		return "", fmt.Errorf("encode generation %d: %w", s.Generation, err)
+	}
+	facts, err := json.Marshal(s.Facts)
+	if err != nil {
+		return "", fmt.Errorf("encode generation %d: %w", s.Generation, err)
+	}
+	return digestOf(config, facts)
+}
+
+// digestOf is computed over the text that is sealed, but for its white space, and
+// not over what a version of this program makes of it: one that has a field more
+// must find the same.
+func digestOf(config, facts json.RawMessage) (string, error) {
+	b, err := json.Marshal(struct{ Config, Facts json.RawMessage }{config, facts}) // which compacts them
+	if err != nil {
+		return "", err
 	}
 	sum := sha256.Sum256(b)
 	return "sha256:" + hex.EncodeToString(sum[:]), nil

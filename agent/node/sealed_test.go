@@ -1,6 +1,8 @@
 package node_test
 
 import (
+	"crypto/sha256"
+	"fmt"
 	"net/netip"
 	"reflect"
 	"strings"
@@ -45,6 +47,18 @@ func TestSealedRoundTrip(t *testing.T) {
 	s.Config.Cluster.BootstrapToken = node.Secret{}
 	if !reflect.DeepEqual(got, s) {
 		t.Errorf("got  %+v\nwant %+v", got, s)
+	}
+}
+
+// TestDecodeSealedOfAnotherVersion: what counts is what was sealed, not what this
+// program makes of it. The file has a field that is not known here, lacks one that
+// is written here, and holds a number that a float64 cannot.
+func TestDecodeSealedOfAnotherVersion(t *testing.T) {
+	config, facts := `{"apiVersion":"v","kubelet":{"config":{"n":9007199254740993}},"later":[1]}`, `{"instanceID":"ins-lab00001"}`
+	sum := sha256.Sum256([]byte(`{"Config":` + config + `,"Facts":` + facts + `}`))
+	file := fmt.Sprintf("{\n  \"generation\": 3,\n  \"digest\": \"sha256:%x\",\n  \"config\": %s,\n  \"facts\": %s\n}\n", sum, config, facts)
+	if s, err := node.DecodeSealed([]byte(file)); err != nil || s.Generation != 3 || s.Facts.InstanceID != "ins-lab00001" {
+		t.Errorf("got %+v, %v", s, err)
 	}
 }
 
