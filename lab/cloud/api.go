@@ -136,7 +136,9 @@ func (r *Region) answer(req *http.Request, id string) (body []byte, drop bool, e
 		return nil, fault.Drop, refuse(fault.Code, "%s", fault.Message)
 	}
 	r.mu.Lock()
+	r.faults.now = fault
 	out, err := act.do(r, id, params)
+	r.faults.now = Fault{}
 	r.mu.Unlock()
 	if err == nil {
 		body = envelope(out, id)

@@ -225,3 +225,69 @@ func TestPlugFails(t *testing.T) {
 		}
 	})
 }
+
+// TestTaskFaults: a task that is stuck, one that vanishes, and one that gives less
+// than was asked for.
+func TestTaskFaults(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, ctx := newLab(t, instant()), t.Context()
+		eni := l.attached(t, "one")
+		status := func(task string) string {
+			t.Helper()
+			got, err := l.api.TaskResult(ctx, task)
+			if err != nil {
+				return code(err)
+			}
+			return got.Status
+		}
+		now := func() cloud.ENI {
+			for _, e := range l.Snapshot().ENIs {
+				if e.ID == eni.ID {
+					return e
+				}
+			}
+			return cloud.ENI{}
+		}
+
+		l.Inject(cloud.Fault{Action: "vpc:AssignPrivateIpAddresses", Partial: 3})
+		ips, task, err := l.api.AssignIPs(ctx, eni.ID, 5, "partial")
+		l.await(t, task, err)
+		if len(ips) != 2 || len(now().IPs) != 3 {
+			t.Errorf("partial: %d addresses, and the ENI has %d", len(ips), len(now().IPs))
+		}
+
+		l.Inject(cloud.Fault{Action: "vpc:DetachNetworkInterface", Stuck: 5 * time.Minute})
+		task, err = l.api.DetachENI(ctx, eni.ID, l.instance.ID, "stuck")
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(299 * time.Second)
+		if status(task) != tencent.TaskRunning || now().State != tencent.StateDetaching {
+			t.Errorf("stuck: %s, the ENI is %s", status(task), now().State)
+		}
+		time.Sleep(2 * time.Second)
+		if status(task) != tencent.TaskSuccess || now().Instance != "" {
+			t.Errorf("no longer stuck: %s, the ENI is of %q", status(task), now().Instance)
+		}
+
+		for _, c := range []struct {
+			action string
+			call   func() (string, error)
+		}{
+			{"AttachNetworkInterface", func() (string, error) { return l.api.AttachENI(ctx, eni.ID, l.instance.ID, "vanish") }},
+			{"UnassignPrivateIpAddresses", func() (string, error) { return l.api.UnassignIPs(ctx, eni.ID, []netip.Addr{ips[0].Addr}) }},
+			{"DeleteNetworkInterface", func() (string, error) { return l.api.DeleteENI(ctx, eni.ID) }},
+		} {
+			before := now()
+			l.Inject(cloud.Fault{Action: "vpc:" + c.action, Vanish: true})
+			task, err := c.call()
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Second)
+			if status(task) != tencent.CodeNotFound || now().State != tencent.StateAvailable || now().Instance != before.Instance || len(now().IPs) != len(before.IPs) {
+				t.Errorf("%s vanished: task %s, before %+v, after %+v", c.action, status(task), before, now())
+			}
+		}
+	})
+}

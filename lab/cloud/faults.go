@@ -14,6 +14,11 @@ type Fault struct {
 	Code    string        // refuse with it instead of doing anything
 	Message string
 	Drop    bool // lose the answer after the work is done
+
+	// What goes wrong after the request is taken:
+	Stuck   time.Duration // the task runs so much longer
+	Vanish  bool          // the task ends without effect, and then nobody knows of it
+	Partial int           // so many of the addresses asked for are not given
 }
 
 // MetadataFault is something that goes wrong with the metadata service.
@@ -27,6 +32,7 @@ type MetadataFault struct {
 // faults are those that are waiting to happen.
 type faults struct {
 	api      []Fault
+	now      Fault // of the action that is being done
 	metadata MetadataFault
 	until    time.Time // the end of metadata
 }

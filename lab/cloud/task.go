@@ -2,6 +2,7 @@ package cloud
 
 import (
 	"context"
+	"errors"
 	"time"
 )
 
@@ -35,9 +36,12 @@ type work struct {
 	done func(err error)
 }
 
+var errVanished = errors.New("the task has vanished")
+
 // begin starts work as the task of a request, which never ends in a region that is
 // closed. The caller holds mu.
 func (r *Region) begin(id string, w work) {
+	fault := r.faults.now
 	t := &task{Action: w.action, Status: taskRunning, Began: time.Now()}
 	r.tasks[id] = t
 	for _, target := range w.target {
@@ -48,12 +52,14 @@ func (r *Region) begin(id string, w work) {
 	}
 	r.running.Go(func() {
 		select {
-		case <-time.After(w.takes):
+		case <-time.After(w.takes + fault.Stuck):
 		case <-r.ctx.Done():
 			return
 		}
 		var err error
-		if w.do != nil {
+		if fault.Vanish {
+			err = errVanished
+		} else if w.do != nil {
 			ctx, cancel := context.WithTimeout(r.ctx, deviceTimeout)
 			err = w.do(ctx)
 			cancel()
@@ -63,6 +69,9 @@ func (r *Region) begin(id string, w work) {
 		t.Status = taskSuccess
 		if err != nil {
 			t.Status, t.Output = taskFailed, err.Error()
+			if fault.Vanish {
+				delete(r.tasks, id)
+			}
 			r.log.Warn("task failed", "task", id, "action", w.action, "target", w.target, "err", err)
 		}
 		w.done(err)

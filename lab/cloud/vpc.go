@@ -349,7 +349,15 @@ func (r *Region) deleteNetworkInterface(id string, in *eniIn) (any, error) {
 	r.enis.put(e.ID, e)
 	r.begin(id, work{
 		action: "DeleteNetworkInterface", target: []string{e.ID}, takes: r.config.Delays.Task,
-		done: func(error) { r.enis.drop(e.ID) },
+		done: func(err error) {
+			if err == nil {
+				r.enis.drop(e.ID)
+				return
+			}
+			e := e.copy()
+			e.State = available
+			r.enis.put(e.ID, e)
+		},
 	})
 	return none{}, nil
 }

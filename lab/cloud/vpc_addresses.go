@@ -23,6 +23,7 @@ func (r *Region) assignPrivateIPAddresses(id string, in *assignIn) (any, error) 
 		return nil, refuse("LimitExceeded", "ENI %s has %d addresses, %d more exceed the quota of %d",
 			e.ID, len(e.IPs), more+len(in.PrivateIpAddresses), quota)
 	}
+	more = max(more-r.faults.now.Partial, 0)
 	s, _ := r.subnet(e.Subnet)
 	addrs, err := r.pickAddrs(s, in.PrivateIpAddresses, more, false)
 	if err != nil {
