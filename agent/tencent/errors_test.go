@@ -22,8 +22,18 @@ func TestAPIErrorClass(t *testing.T) {
 		"UnsupportedOperation.MutexOperationTaskRunning":   {node.ClassWaiting, "TaskRunning"},
 		"UnsupportedOperation.IdempotentProcessing":        {node.ClassWaiting, "TaskRunning"},
 		"UnsupportedOperation.AttachmentAlreadyExists":     {node.ClassTransient, "AlreadyAttached"},
-		"UnsupportedOperation.IdempotentParameterMismatch": {node.ClassTerminal, "Unsupported"},
-		"UnsupportedOperation.ZoneMismatch":                {node.ClassTerminal, "Unsupported"},
+		"UnsupportedOperation.AttachmentNotFound":          {node.ClassTransient, "NotAttached"},
+		"UnsupportedOperation.IdempotentParameterMismatch": {node.ClassTransient, "TokenReused"},
+		"UnsupportedOperation.ResourceIsInvalidState":      {node.ClassWaiting, "WrongState"},
+		"UnsupportedOperation.UnsupportedInstanceFamily":   {node.ClassTerminal, "InstanceFamilyUnsupported"},
+		"UnsupportedOperation.VpcMismatch":                 {node.ClassTerminal, "VPCMismatch"},
+		"UnsupportedOperation.ZoneMismatch":                {node.ClassTerminal, "ZoneMismatch"},
+		"UnsupportedOperation.InstanceAssociateHavip":      {node.ClassTerminal, "HAVIPAssociated"},
+		"UnsupportedOperation":                             {node.ClassTerminal, "Unsupported"},
+		"LimitExceeded.TagKeyExceeded":                     {node.ClassTerminal, "TagQuotaExceeded"},
+		"LimitExceeded.TagNotEnoughQuota":                  {node.ClassTerminal, "TagQuotaExceeded"},
+		"ResourceInUse":                                    {node.ClassWaiting, "InUse"},
+		"ResourceInsufficient":                             {node.ClassWaiting, "ResourceInsufficient"},
 		"ResourceInsufficient.Subnet":                      {node.ClassWaiting, "SubnetExhausted"},
 		"AuthFailure.SignatureFailure":                     {node.ClassTerminal, "Unauthorized"},
 		"AuthFailure.SignatureExpire":                      {node.ClassWaiting, "ClockSkewed"},
@@ -40,6 +50,9 @@ func TestAPIErrorClass(t *testing.T) {
 		}
 		if got := node.ReasonOf(err, ""); got != want.reason {
 			t.Errorf("reason of %s = %s, want %s", code, got, want.reason)
+		}
+		if fix := e.verdict().fix; want.class == node.ClassTerminal && fix == "" && want.reason != "Unsupported" && want.reason != "InvalidRequest" {
+			t.Errorf("%s does not say what to do", code)
 		}
 		if as, ok := errors.AsType[*APIError](err); !ok || as != e {
 			t.Errorf("%s is not to be found in its error", code)

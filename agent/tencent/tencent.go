@@ -18,3 +18,9 @@ import _ "embed"
 //
 //go:embed policy.json
 var Policy []byte
+
+// PolicyObserve is what the role needs where network.allocator is observe: of
+// Policy the actions that change nothing.
+//
+//go:embed policy-observe.json
+var PolicyObserve []byte

@@ -1,6 +1,7 @@
 package tencent
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -10,7 +11,8 @@ import (
 )
 
 // States of an ENI and of an address on it. An ENI that is attached is AVAILABLE
-// and has an Attachment.
+// and has an Attachment; NetworkInterfaceState, the newer field beside State, calls
+// it INUSE.
 const (
 	StatePending   = "PENDING"
 	StateAvailable = "AVAILABLE"
@@ -18,6 +20,7 @@ const (
 	StateDetaching = "DETACHING"
 	StateDeleting  = "DELETING"
 	StateMigrating = "MIGRATING" // of an address only
+	stateInUse     = "INUSE"
 )
 
 // ENI is an elastic network interface as the API describes it.
@@ -30,15 +33,21 @@ type ENI struct {
 	Primary        bool        `json:"Primary"`
 	MAC            string      `json:"MacAddress"` // lower case
 	State          string      `json:"State"`
+	NewState       string      `json:"NetworkInterfaceState,omitempty"`
 	IPs            []IP        `json:"PrivateIpAddressSet"`
 	Attachment     *Attachment `json:"Attachment"`
 	Tags           []Tag       `json:"TagSet"`
 	CreatedTime    string      `json:"CreatedTime"`
 }
 
-// lower makes the ENI's MAC what the kernel calls it.
-func (e ENI) lower() ENI {
+// plain makes the ENI's MAC what the kernel calls it, and of its two states one.
+func (e ENI) plain() ENI {
 	e.MAC = strings.ToLower(e.MAC)
+	e.State = cmp.Or(e.State, e.NewState)
+	if e.State == stateInUse {
+		e.State = StateAvailable
+	}
+	e.NewState = ""
 	return e
 }
 
@@ -151,7 +160,7 @@ func (c *Client) describeENIs(ctx context.Context, filters []filter) ([]ENI, err
 			return nil, err
 		}
 		for _, e := range out.NetworkInterfaceSet {
-			all = append(all, e.lower())
+			all = append(all, e.plain())
 		}
 		if len(out.NetworkInterfaceSet) == 0 || len(all) >= out.TotalCount {
 			return all, nil
@@ -168,7 +177,7 @@ func (c *Client) CreateENI(ctx context.Context, spec ENISpec) (ENI, string, erro
 		NetworkInterface ENI
 	}
 	err := c.call(ctx, "vpc", "CreateNetworkInterface", spec, &out)
-	return out.NetworkInterface.lower(), out.RequestId, err
+	return out.NetworkInterface.plain(), out.RequestId, err
 }
 
 // AttachENI starts to attach an ENI to an instance and returns the task.
