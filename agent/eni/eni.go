@@ -25,6 +25,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/tkenode/tkenode/agent/eni/cni"
@@ -42,9 +43,13 @@ type Cloud interface {
 	DescribeENIs(ctx context.Context, instanceID string) ([]tencent.ENI, error)
 	DescribeTaggedENIs(ctx context.Context, tags map[string]string) ([]tencent.ENI, error)
 	DescribeSubnets(ctx context.Context, ids []string) ([]tencent.Subnet, error)
+	ENILimit(ctx context.Context, instanceID string) (tencent.ENILimit, error)
 	CreateENI(ctx context.Context, spec tencent.ENISpec) (tencent.ENI, string, error)
 	AttachENI(ctx context.Context, eniID, instanceID, clientToken string) (string, error)
 	AssignIPs(ctx context.Context, eniID string, n int, clientToken string) ([]tencent.IP, string, error)
+	UnassignIPs(ctx context.Context, eniID string, addrs []netip.Addr) (string, error)
+	DetachENI(ctx context.Context, eniID, instanceID, clientToken string) (string, error)
+	DeleteENI(ctx context.Context, eniID string) (string, error)
 }
 
 // Options say where things are. The zero value of a field is the node's own.
@@ -67,7 +72,8 @@ type Network struct {
 	pool   *Pool
 	paths  *Paths
 
-	demand chan struct{} // an ADD found no address
+	demand  chan struct{} // an ADD has taken an address, or found none
+	waiting atomic.Int32  // ADDs that have found none
 
 	mu      sync.Mutex // guards blocked
 	blocked error      // why the pool has no more addresses, as of its last plan
@@ -87,7 +93,7 @@ func New(o Options) *Network {
 		ledger: newLedger(o.Dir, o.Log),
 		demand: make(chan struct{}, 1),
 	}
-	n.pool = &Pool{network: n, cloud: o.Cloud, subnets: map[string]tencent.Subnet{}}
+	n.pool = newPool(n, o.Cloud)
 	n.paths = &Paths{network: n, conflist: o.Conflist, configured: o.ConfiguredFile, ready: map[int]int{}}
 	return n
 }
@@ -137,7 +143,8 @@ type ENIState struct {
 }
 
 // AddressState is one address of an ENI: "free", "used", "cooling" until a time,
-// or "gone": the cloud no longer has it although a pod does.
+// "leaving" while it is given back, or "gone": the cloud has taken it away although
+// a pod has it.
 type AddressState struct {
 	Addr  netip.Addr `json:"addr"`
 	State string     `json:"state"`
@@ -159,6 +166,9 @@ func (n *Network) State() (State, error) {
 	n.mu.Unlock()
 	now := time.Now()
 	for _, slot := range s.slots() {
+		if slot.ENI == "" && slot.Intent == "" {
+			continue
+		}
 		out.ENIs = append(out.ENIs, ENIState{Slot: slot, Addresses: s.addresses(slot, now)})
 	}
 	return out, nil
@@ -166,6 +176,9 @@ func (n *Network) State() (State, error) {
 
 func (s state) addresses(slot Slot, now time.Time) []AddressState {
 	all := []AddressState{}
+	for _, a := range slot.Leaving {
+		all = append(all, AddressState{Addr: a, State: "leaving"})
+	}
 	for _, a := range slot.Addrs {
 		st := AddressState{Addr: a, State: "free"}
 		if until := s.Rested[a]; until.After(now) {

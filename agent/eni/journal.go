@@ -13,14 +13,17 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tkenode/tkenode/agent/tencent"
 )
 
 // record is one line of the journal: exactly one of its fields is set.
 type record struct {
-	Begin *begin `json:"begin,omitempty"`
-	Slot  *Slot  `json:"slot,omitempty"`
-	Pod   *Pod   `json:"pod,omitempty"`
-	Rest  *rest  `json:"rest,omitempty"`
+	Begin *begin            `json:"begin,omitempty"`
+	Quota *tencent.ENILimit `json:"quota,omitempty"`
+	Slot  *Slot             `json:"slot,omitempty"`
+	Pod   *Pod              `json:"pod,omitempty"`
+	Rest  *rest             `json:"rest,omitempty"`
 }
 
 const (

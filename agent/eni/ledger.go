@@ -16,6 +16,7 @@ import (
 
 	"github.com/tkenode/tkenode/agent/eni/cni"
 	"github.com/tkenode/tkenode/agent/node"
+	"github.com/tkenode/tkenode/agent/tencent"
 )
 
 // Slot is a place for one secondary ENI: its number names the ENI's routing
@@ -35,7 +36,14 @@ type Slot struct {
 	// Intent is the call that is being made or whose outcome is not known.
 	Intent Step      `json:"intent,omitempty"`
 	Since  time.Time `json:"since,omitzero"`
-	Target int       `json:"target,omitempty"` // addresses after an assignment
+	// Target is how many addresses for pods the ENI has after a creation or an
+	// assignment, SubnetID where it is created: a creation of which nothing was
+	// heard is repeated to the letter.
+	Target   int    `json:"target,omitempty"`
+	SubnetID string `json:"subnetID,omitempty"`
+	// Leaving are the addresses that are being given back: no pod gets them, though
+	// the cloud may still show them.
+	Leaving []netip.Addr `json:"leaving,omitempty"`
 	// Calls counts intents, so that each gets a token of its own.
 	Calls int `json:"calls,omitempty"`
 }
@@ -43,11 +51,14 @@ type Slot struct {
 // Step is a mutating call of the cloud's API.
 type Step string
 
-// The calls.
+// The calls, in the order of an ENI's life.
 const (
-	stepCreate Step = "create"
-	stepAttach Step = "attach"
-	stepAssign Step = "assign"
+	stepCreate   Step = "create"
+	stepAttach   Step = "attach"
+	stepAssign   Step = "assign"
+	stepUnassign Step = "unassign"
+	stepDetach   Step = "detach"
+	stepDelete   Step = "delete"
 )
 
 // taken reports whether an ENI has ever been seen attached in the slot.
@@ -88,6 +99,7 @@ type begin struct {
 // state is what the ledger says.
 type state struct {
 	begin
+	Quota  tencent.ENILimit // of the instance; zero: not asked yet
 	Slots  map[int]Slot
 	Pods   map[cni.Attachment]Pod
 	Rested map[netip.Addr]time.Time // when an address may be used again, or could have been
@@ -105,6 +117,8 @@ func (s *state) apply(r record) {
 			*s = newState()
 		}
 		s.begin = *r.Begin
+	case r.Quota != nil:
+		s.Quota = *r.Quota
 	case r.Slot != nil:
 		s.Slots[r.Slot.Number] = *r.Slot
 	case r.Pod != nil:
@@ -119,6 +133,9 @@ func (s *state) apply(r record) {
 // has rested is remembered while an ENI has it, so that the order of use is kept.
 func (s state) records(now time.Time) []record {
 	out := []record{{Begin: &s.begin}}
+	if s.Quota != (tencent.ENILimit{}) {
+		out = append(out, record{Quota: &s.Quota})
+	}
 	held := map[netip.Addr]bool{}
 	for _, slot := range s.slots() {
 		out = append(out, record{Slot: &slot})
@@ -149,7 +166,7 @@ func (s state) pods() []Pod {
 }
 
 func (s state) clone() state {
-	return state{begin: s.begin, Slots: maps.Clone(s.Slots), Pods: maps.Clone(s.Pods), Rested: maps.Clone(s.Rested)}
+	return state{begin: s.begin, Quota: s.Quota, Slots: maps.Clone(s.Slots), Pods: maps.Clone(s.Pods), Rested: maps.Clone(s.Rested)}
 }
 
 // ledger is what must outlive the agent: the ENI of each slot with the intents of
@@ -312,11 +329,14 @@ func (l *ledger) begin(instance string) error {
 	return l.sync()
 }
 
-// shortage says why there is no address now, and when one's rest ends.
+// shortage says how many addresses there are, and when the first's rest ends.
 type shortage struct {
 	usable, used, resting int
 	next                  time.Time
 }
+
+// free is how many addresses a pod can get now.
+func (s shortage) free() int { return s.usable - s.used - s.resting }
 
 func (s shortage) String() string {
 	switch {
@@ -375,6 +395,7 @@ func (l *ledger) allocate(p Pod, ready map[int]int, now time.Time) (Pod, shortag
 		return Pod{}, short, err
 	}
 	l.used[p.Addr] = p.Attachment
+	short.used++
 	return p, short, nil
 }
 
@@ -394,6 +415,43 @@ func (l *ledger) release(key cni.Attachment, now time.Time) error {
 		return err
 	}
 	delete(l.used, p.Addr)
+	return nil
+}
+
+// withdraw records a slot without addresses that it had, so that they can be
+// given back. It refuses if a pod has got one since that was planned. They rest:
+// should the cloud keep them, or show them once more, no pod gets them at once.
+func (l *ledger) withdraw(slot Slot, addrs []netip.Addr, now time.Time) error {
+	l.mu.Lock()
+	err := l.withdrawLocked(slot, addrs, now)
+	l.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return l.sync()
+}
+
+func (l *ledger) withdrawLocked(slot Slot, addrs []netip.Addr, now time.Time) error {
+	if err := l.open(); err != nil {
+		return err
+	}
+	for _, a := range addrs {
+		if key, ok := l.used[a]; ok {
+			return fmt.Errorf("give back %s: container %.12s has got it meanwhile", a, key.ContainerID)
+		}
+		if until := l.now.Rested[a]; until.After(now) {
+			return fmt.Errorf("give back %s: it rests until %s", a, until.UTC().Format(time.RFC3339))
+		}
+	}
+	if err := l.put(record{Slot: &slot}); err != nil {
+		return err
+	}
+	until := now.Add(coolDown).UTC().Truncate(time.Second)
+	for _, a := range addrs {
+		if err := l.put(record{Rest: &rest{Addr: a, Until: until}}); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

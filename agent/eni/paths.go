@@ -177,7 +177,8 @@ func (p *Paths) settle(s state, sc scene, converged bool) error {
 	for _, slot := range s.slots() {
 		dev, there := sc.devices[slot.MAC]
 		switch {
-		case !slot.taken():
+		case !slot.taken(): // the next ENI in it has to be configured first
+			delete(p.ready, slot.Number)
 		case !there:
 			delete(p.ready, slot.Number)
 			waiting = node.Waiting("LinkMissing", "no link has the MAC %s of %s yet", slot.MAC, slot.ENI)

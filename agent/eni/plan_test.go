@@ -2,6 +2,7 @@ package eni
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -215,49 +216,110 @@ func TestVethNames(t *testing.T) {
 	}
 }
 
-// poolCase is what the pool knows.
+// poolCase is what the pool knows. IPsPerENI is the bound and, where Warm does not
+// say otherwise, what is kept free.
 type poolCase struct {
-	IPsPerENI int           `json:"ipsPerENI"`
-	Slots     []Slot        `json:"slots"`
-	Pods      []Pod         `json:"pods"`
-	ENIs      []tencent.ENI `json:"enis"`
-	Missing   string        `json:"missing"` // how long the ledger's ENI has not been seen
+	IPsPerENI int               `json:"ipsPerENI"`
+	MaxENIs   int               `json:"maxENIs"` // default 1
+	Warm      *node.WarmIPs     `json:"warm"`
+	Observe   bool              `json:"observe"`
+	Subnets   []string          `json:"subnetIDs"` // default subnet-pods0001
+	Slots     []Slot            `json:"slots"`
+	Pods      []Pod             `json:"pods"`
+	Rested    map[string]string `json:"rested"` // until when, from now
+	ENIs      []tencent.ENI     `json:"enis"`
+	Missing   string            `json:"missing"` // how long the ledger's ENI has not been seen
+	Waiting   int               `json:"waiting"` // ADDs
+	Excess    string            `json:"excess"`  // for how long
+	Idle      map[string]string `json:"idle"`    // ENIs that are not needed, for how long
+	Spare     map[string]string `json:"spare"`   // ENIs in no slot, for how long
+	Refused   map[string]string `json:"refused"` // what is held up, and by which code
 }
 
 // TestPoolPlan compares the plan for a ledger and what the cloud says with the
 // golden text. The time is 2026-11-23 12:00:00 UTC.
 func TestPoolPlan(t *testing.T) {
 	golden(t, "testdata/pool-*.txtar", func(c poolCase, _ *txtar.Archive) string {
-		now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
-		s := newState()
-		for _, slot := range c.Slots {
-			s.Slots[slot.Number] = slot
-		}
-		for _, p := range c.Pods {
-			s.Pods[p.Attachment] = p
-		}
-		want := poolWant{cluster: "cls-lab00001", facts: node.Facts{InstanceID: "ins-00000001", VPCID: "vpc-lab00001"}}
-		want.network = node.NetworkConfig{SubnetIDs: []string{"subnet-pods0001"}, SecurityGroupIDs: []string{"sg-lab00001"}, ENIs: 1, IPsPerENI: c.IPsPerENI}
-		view := cloudView{
-			enis: c.ENIs, now: now, missing: map[string]time.Time{},
-			subnets: map[string]tencent.Subnet{"subnet-pods0001": {ID: "subnet-pods0001", CIDR: netip.MustParsePrefix("10.0.16.0/20")}},
-		}
-		if since, err := time.ParseDuration(c.Missing); err == nil {
-			view.missing[c.Slots[0].ENI] = now.Add(-since)
-		}
-		steps, err := planPool(want, s, view)
+		out := planPool(c.scene(t))
 		var b strings.Builder
-		for _, st := range steps {
+		for _, st := range out.steps {
 			fmt.Fprintln(&b, st.text)
 		}
-		if err != nil {
-			fmt.Fprintf(&b, "%s %s: %v\n", node.ClassOf(err), node.ReasonOf(err, "-"), err)
+		for _, e := range []struct {
+			err  error
+			what string
+		}{{out.err, ""}, {out.note, "for an ADD: "}} {
+			if e.err != nil && (e.what == "" || e.err != out.err) {
+				fmt.Fprintf(&b, "%s%s %s: %v\n", e.what, node.ClassOf(e.err), node.ReasonOf(e.err, "-"), e.err)
+			}
 		}
-		if b.Len() == 0 {
-			return "nothing to do\n"
+		if len(out.steps) == 0 && out.err == nil {
+			fmt.Fprintln(&b, "nothing to do")
+		}
+		if out.again > 0 {
+			fmt.Fprintf(&b, "look again in %s\n", out.again)
 		}
 		return b.String()
 	})
+}
+
+func (c poolCase) scene(t *testing.T) (poolWant, state, cloudView) {
+	now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
+	ago := func(d string) time.Time {
+		v, err := time.ParseDuration(d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return now.Add(-v)
+	}
+	since := func(durations map[string]string) map[string]time.Time {
+		out := map[string]time.Time{}
+		for k, d := range durations {
+			out[k] = ago(d)
+		}
+		return out
+	}
+	s := newState()
+	s.Quota = tencent.ENILimit{ENIs: 17, IPsPerENI: 51}
+	for _, slot := range c.Slots {
+		s.Slots[slot.Number] = slot
+	}
+	for _, p := range c.Pods {
+		s.Pods[p.Attachment] = p
+	}
+	for a, d := range c.Rested {
+		s.Rested[netip.MustParseAddr(a)] = ago("-" + d)
+	}
+	warm := cmp.Or(c.Warm, &node.WarmIPs{Min: c.IPsPerENI - len(c.Pods), Max: c.IPsPerENI - len(c.Pods)})
+	want := poolWant{cluster: "cls-lab00001", facts: node.Facts{InstanceID: "ins-00000001", VPCID: "vpc-lab00001", Zone: "ap-guangzhou-3"}}
+	want.network = node.NetworkConfig{SubnetIDs: []string{"subnet-pods0001"}, SecurityGroupIDs: []string{"sg-lab00001"},
+		ENIs: cmp.Or(c.MaxENIs, 1), IPsPerENI: c.IPsPerENI, WarmIPs: *warm}
+	if len(c.Subnets) > 0 {
+		want.network.SubnetIDs = c.Subnets
+	}
+	if c.Observe {
+		want.network.Allocator = node.AllocatorObserve
+	}
+	view := cloudView{
+		enis: c.ENIs, now: now, missing: map[string]time.Time{}, waiting: c.Waiting,
+		idle: since(c.Idle), spare: since(c.Spare), holds: map[string]hold{},
+		subnets: map[string]tencent.Subnet{
+			"subnet-pods0001": {ID: "subnet-pods0001", CIDR: netip.MustParsePrefix("10.0.16.0/20"), Zone: "ap-guangzhou-3", AvailableIPs: 4000},
+			"subnet-pods0002": {ID: "subnet-pods0002", CIDR: netip.MustParsePrefix("10.0.32.0/20"), Zone: "ap-guangzhou-3", AvailableIPs: 3},
+			"subnet-other001": {ID: "subnet-other001", CIDR: netip.MustParsePrefix("10.0.48.0/20"), Zone: "ap-guangzhou-4", AvailableIPs: 4000},
+		},
+	}
+	if c.Missing != "" {
+		view.missing[c.Slots[0].ENI] = ago(c.Missing)
+	}
+	if c.Excess != "" {
+		view.excess = ago(c.Excess)
+	}
+	for key, code := range c.Refused {
+		err := node.Waiting("Refused", "%s", code)
+		view.holds[key] = hold{err: err, count: 3, since: ago("20s"), until: now.Add(8 * time.Second)}
+	}
+	return want, s, view
 }
 
 // TestTokens holds that a repeated creation has its token, and nothing else has.
@@ -271,7 +333,7 @@ func TestTokens(t *testing.T) {
 		t.Errorf("repeated creation has token %s after %s", again, first)
 	}
 	seen := map[string]bool{first: true}
-	for _, step := range []Step{stepAttach, stepAttach, stepAssign, stepAssign, stepCreate} {
+	for _, step := range []Step{stepAttach, stepAttach, stepAssign, stepAssign, stepDetach, stepDetach, stepCreate} {
 		slot.intend(step, now)
 		token := want.token(slot, step)
 		if seen[token] {

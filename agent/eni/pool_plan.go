@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/tkenode/tkenode/agent/node"
@@ -26,18 +25,34 @@ const (
 	// Source: tencentcloud-sdk-go, vpc/v20170312, SecondaryPrivateIpAddressCount
 	maxBatch = 10
 	// patience is how long a call whose outcome is not visible is waited for
-	// before it is made again with the same token. Attaching takes 10 s and more
-	// in other clouds; no figure of Tencent's is published.
+	// before it is made again. Attaching takes 10 s and more in other clouds; no
+	// figure of Tencent's is published.
 	patience = 30 * time.Second
+	// releasePeriod is how long there are more free addresses than the warm maximum
+	// before one is given back, and then the next: TKE's pace.
+	// Source: https://cloud.tencent.com/document/product/457/38971
+	releasePeriod = 2 * time.Minute
+	// idlePeriod is how long an ENI is needed by no pod and by no warm address
+	// before it is given up. To have it again takes 10 s, and a call of a quota that
+	// the whole account shares.
+	idlePeriod = 10 * time.Minute
+	// reapAge is how long a detached ENI of ours is in no slot before it is deleted.
+	// It may be one that another life of this ledger has just created.
+	reapAge = 10 * time.Minute
 )
 
-// cloudView is what the cloud says of our ENIs.
+// cloudView is what the cloud says of our ENIs, and what the pool remembers.
 type cloudView struct {
-	enis    []tencent.ENI // tagged as ours, attached or not, and those the ledger knows
+	enis    []tencent.ENI // those that may be in slots, attached or not
 	subnets map[string]tencent.Subnet
 	now     time.Time
-	// missing is since when an ENI of the ledger has not been seen.
-	missing map[string]time.Time
+	waiting int // ADDs that wait for an address
+
+	missing map[string]time.Time // since when an ENI of the ledger has not been seen
+	idle    map[string]time.Time // since when an attached ENI has not been needed
+	spare   map[string]time.Time // since when an ENI of ours is in no slot
+	excess  time.Time            // since when there are more free addresses than wanted, or the last was given back
+	holds   map[string]hold
 }
 
 // poolWant is what the pool is to hold.
@@ -47,12 +62,39 @@ type poolWant struct {
 	network node.NetworkConfig
 }
 
+// observes reports whether somebody else attaches ENIs.
+func (w poolWant) observes() bool { return w.network.Allocator == node.AllocatorObserve }
+
 func (w poolWant) tags(slot int) []tencent.Tag {
 	return []tencent.Tag{
 		{Key: tagCluster, Value: w.cluster},
 		{Key: tagInstance, Value: w.facts.InstanceID},
 		{Key: tagSlot, Value: strconv.Itoa(slot)},
 	}
+}
+
+// owns reports whether the tags say that the ENI is ours.
+func (w poolWant) owns(e tencent.ENI) bool {
+	return slices.Contains(e.Tags, tencent.Tag{Key: tagCluster, Value: w.cluster}) &&
+		slices.Contains(e.Tags, tencent.Tag{Key: tagInstance, Value: w.facts.InstanceID})
+}
+
+// here reports whether the ENI is, or is becoming, one of this instance.
+func (w poolWant) here(e tencent.ENI) bool {
+	return e.Attachment != nil && e.Attachment.InstanceID == w.facts.InstanceID
+}
+
+// bounds returns how many secondary ENIs there may be, and how many addresses for
+// pods on each: the quota without the primary ones, and what the configuration says.
+func (w poolWant) bounds(q tencent.ENILimit) (enis, ips int) {
+	enis, ips = min(q.ENIs-1, maxSlots), q.IPsPerENI-1
+	if n := w.network.ENIs; n > 0 {
+		enis = min(enis, n)
+	}
+	if n := w.network.IPsPerENI; n > 0 {
+		ips = min(ips, n)
+	}
+	return max(enis, 0), max(ips, 0)
 }
 
 // token makes a call idempotent: the same step of the same ENI has the same one,
@@ -64,202 +106,129 @@ func (w poolWant) token(slot Slot, step Step) string {
 
 // poolStep is one change of the pool.
 type poolStep struct {
-	text string
-	slot Slot // as it is to be in the ledger
-	call Step // made after slot is in the ledger; empty: none
-	spec tencent.ENISpec
-	n    int // addresses to assign
+	text   string
+	slot   Slot // as it is to be in the ledger
+	call   Step // made after slot is in the ledger; empty: none
+	spec   tencent.ENISpec
+	subnet string       // that the call takes addresses of
+	n      int          // addresses to assign
+	addrs  []netip.Addr // that the slot gives back, and no pod may have
+	// spared says that pods can be given addresses also without this step.
+	spared bool
 }
 
-// planPool returns what to do next, or what is waited for.
-func planPool(want poolWant, s state, view cloudView) ([]poolStep, error) {
-	var steps []poolStep
-	var waiting error
-	for number := range want.network.ENIs {
-		slot, ok := s.Slots[number]
+// poolPlan is what to do next, and how the pool stands.
+type poolPlan struct {
+	steps []poolStep
+	err   error         // of the condition
+	note  error         // why there are no more addresses, for an ADD that waits
+	again time.Duration // when to look again; zero: at the next audit
+
+	excess bool     // there are more free addresses than wanted
+	idle   []string // ENIs that are not needed
+	spare  []string // ENIs of ours in no slot
+}
+
+// planPool returns what to do next.
+func planPool(want poolWant, s state, view cloudView) poolPlan {
+	b := balance{want: want, state: s, view: view}
+	in, spare := view.claim(want, s)
+	numbers := map[int]bool{}
+	for n := range s.Slots {
+		numbers[n] = true
+	}
+	for n := range in {
+		numbers[n] = true
+	}
+	for n := range maxSlots {
+		if !numbers[n] {
+			continue
+		}
+		slot, ok := s.Slots[n]
 		if !ok {
-			slot = Slot{Number: number}
+			slot = Slot{Number: n}
 		}
-		more, err := planSlot(want, slot, view, usedBy(s, slot))
-		steps = append(steps, more...)
-		if waiting == nil {
-			waiting = err
-		}
+		eni, seen := in[n]
+		b.slots = append(b.slots, planSlot(want, s, view, slot, eni, seen))
 	}
-	if len(steps) > 0 {
-		return steps, nil
-	}
-	return nil, waiting
+	b.spare = spare
+	return b.plan()
 }
 
-// usedBy returns the pods that have addresses of the slot's ENI.
-func usedBy(s state, slot Slot) (pods []Pod) {
-	for _, p := range s.pods() {
-		if p.ENI == slot.ENI {
-			pods = append(pods, p)
+// claim says which ENI is in which slot: the one that the ledger names, one that
+// was created for the slot when the answer was lost, and, where the ledger was
+// lost, any that is attached. spare are detached ones of ours in no slot.
+func (v cloudView) claim(want poolWant, s state) (in map[int]tencent.ENI, spare []tencent.ENI) {
+	in = map[int]tencent.ENI{}
+	named := map[string]int{}
+	for _, slot := range s.Slots {
+		if slot.ENI != "" {
+			named[slot.ENI] = slot.Number
 		}
 	}
-	return pods
-}
-
-// planSlot returns what to do next for one slot, or what it waits for.
-func planSlot(want poolWant, slot Slot, view cloudView, pods []Pod) ([]poolStep, error) {
-	eni, ok := view.find(slot)
-	if !ok {
-		return planAbsent(want, slot, view, pods)
-	}
-	switch {
-	case eni.Attachment != nil && eni.Attachment.InstanceID != want.facts.InstanceID:
-		return nil, node.Terminal("ENIElsewhere", "detach it there, or remove its tags and delete it",
-			fmt.Errorf("%s of slot %d is attached to %s", eni.ID, slot.Number, eni.Attachment.InstanceID))
-	case eni.State == tencent.StateAvailable && eni.Attachment == nil:
-		if busy(slot, stepAttach, view.now) {
-			return nil, node.Waiting("ENIAttaching", "%s has been attaching for %s", eni.ID, age(slot, view.now))
+	done := map[string]bool{}
+	for _, e := range v.enis {
+		if e.Primary || done[e.ID] {
+			continue
 		}
-		slot.ENI = eni.ID
-		slot.intend(stepAttach, view.now)
-		return []poolStep{{text: fmt.Sprintf("attach %s to slot %d", eni.ID, slot.Number), slot: slot, call: stepAttach}}, nil
-	case !eni.AttachedTo(want.facts.InstanceID):
-		return nil, node.Waiting("ENIChanging", "%s is %s", eni.ID, eni.State)
+		done[e.ID] = true
+		if n, ok := named[e.ID]; ok {
+			in[n] = e
+		}
 	}
-	return planAttached(want, slot, eni, view)
-}
-
-// planAbsent deals with a slot whose ENI the cloud does not show.
-func planAbsent(want poolWant, slot Slot, view cloudView, pods []Pod) ([]poolStep, error) {
-	if slot.ENI != "" {
-		gone := view.now.Sub(view.missing[slot.ENI])
+	clear(done)
+	for _, e := range v.enis {
+		if _, ok := named[e.ID]; ok || e.Primary || done[e.ID] || e.State == tencent.StateDeleting {
+			continue
+		}
+		done[e.ID] = true
+		own := want.owns(e) && !want.observes()
 		switch {
-		case busy(slot, stepCreate, view.now):
-			return nil, node.Waiting("ENICreating", "%s has been creating for %s", slot.ENI, age(slot, view.now))
-		case gone < patience:
-			return nil, node.Waiting("ENINotSeen", "the cloud has not shown %s of slot %d for %s", slot.ENI, slot.Number, gone.Round(time.Second))
-		case len(pods) > 0:
-			return nil, node.Terminal("ENILost", "drain the node, or attach the ENI again",
-				fmt.Errorf("%s of slot %d is gone, and %d pods have its addresses, %s among them", slot.ENI, slot.Number, len(pods), pods[0]))
-		}
-		next := Slot{Number: slot.Number, Generation: slot.Generation + 1}
-		return []poolStep{{text: fmt.Sprintf("give up %s of slot %d: the cloud does not know it", slot.ENI, slot.Number), slot: next}}, nil
-	}
-	if busy(slot, stepCreate, view.now) {
-		return nil, node.Waiting("ENICreating", "an ENI for slot %d has been creating for %s", slot.Number, age(slot, view.now))
-	}
-	n := min(want.network.IPsPerENI, maxBatch)
-	subnet := want.network.SubnetIDs[0]
-	slot.intend(stepCreate, view.now)
-	return []poolStep{{
-		text: fmt.Sprintf("create an ENI for slot %d in %s with %d addresses", slot.Number, subnet, n),
-		slot: slot,
-		call: stepCreate,
-		spec: tencent.ENISpec{
-			VPCID:            want.facts.VPCID,
-			SubnetID:         subnet,
-			Name:             fmt.Sprintf("%s-%d", want.facts.InstanceID, slot.Number),
-			Description:      "pods of " + want.cluster,
-			SecondaryIPs:     n,
-			SecurityGroupIDs: want.network.SecurityGroupIDs,
-			Tags:             want.tags(slot.Number),
-			ClientToken:      want.token(slot, stepCreate),
-		},
-	}}, nil
-}
-
-// planAttached takes over what the cloud says of an ENI that is in its slot, and
-// gets addresses that it lacks.
-func planAttached(want poolWant, slot Slot, eni tencent.ENI, view cloudView) ([]poolStep, error) {
-	subnet, ok := view.subnets[eni.SubnetID]
-	if !ok {
-		return nil, node.Waiting("SubnetUnknown", "the cloud does not show %s, the subnet of %s", eni.SubnetID, eni.ID)
-	}
-	next := slot
-	next.ENI, next.MAC, next.Subnet = eni.ID, strings.ToLower(eni.MAC), subnet.CIDR
-	next.Addrs = nil
-	pending := 0
-	for _, ip := range eni.IPs {
-		switch {
-		case ip.Primary:
-			next.Primary = ip.Addr
-		case ip.State == tencent.StateAvailable:
-			next.Addrs = append(next.Addrs, ip.Addr)
+		case want.here(e) && (own || want.observes()):
+			if n, ok := freeSlot(s, in, e); ok {
+				in[n] = e
+			}
+		case e.Attachment != nil || !own:
 		default:
-			pending++
+			if n, ok := slotTag(e); ok && s.Slots[n].Intent == stepCreate && s.Slots[n].ENI == "" {
+				if _, taken := in[n]; !taken {
+					in[n] = e
+					continue
+				}
+			}
+			spare = append(spare, e)
 		}
 	}
-	slices.SortFunc(next.Addrs, netip.Addr.Compare)
-	if next.Intent != stepAssign || len(next.Addrs)+pending >= next.Target {
-		next.Intent, next.Since, next.Target = "", time.Time{}, 0
-	}
-	var steps []poolStep
-	for _, t := range changes(slot, next) {
-		steps = append(steps, poolStep{text: t, slot: next})
-	}
-	lacking := want.network.IPsPerENI - len(next.Addrs) - pending
-	switch {
-	case lacking > 0 && busy(next, stepAssign, view.now):
-		return steps, node.Waiting("AddressesAssigning", "addresses of %s have been assigning for %s", eni.ID, age(next, view.now))
-	case lacking > 0:
-		n := min(lacking, maxBatch)
-		next.intend(stepAssign, view.now)
-		next.Target = len(next.Addrs) + pending + n
-		return append(steps, poolStep{text: fmt.Sprintf("assign %d addresses to %s", n, eni.ID), slot: next, call: stepAssign, n: n}), nil
-	case pending > 0:
-		return steps, node.Waiting("AddressesPending", "%d addresses of %s are not AVAILABLE yet", pending, eni.ID)
-	}
-	return steps, nil
+	return in, spare
 }
 
-// changes says what the pool learns.
-func changes(before, after Slot) []string {
-	var out []string
-	if before.ENI != after.ENI || before.MAC != after.MAC || before.Primary != after.Primary || before.Subnet != after.Subnet {
-		out = append(out, fmt.Sprintf("take %s into slot %d: mac %s primary %s subnet %s", after.ENI, after.Number, after.MAC, after.Primary, after.Subnet))
-	}
-	for _, a := range after.Addrs {
-		if !slices.Contains(before.Addrs, a) {
-			out = append(out, fmt.Sprintf("use address %s of %s", a, after.ENI))
+// slotTag returns the slot that an ENI was created for.
+func slotTag(e tencent.ENI) (int, bool) {
+	for _, t := range e.Tags {
+		if n, err := strconv.Atoi(t.Value); t.Key == tagSlot && err == nil && n >= 0 && n < maxSlots {
+			return n, true
 		}
 	}
-	for _, a := range before.Addrs {
-		if !slices.Contains(after.Addrs, a) {
-			out = append(out, fmt.Sprintf("stop using address %s of %s: the cloud does not have it", a, after.ENI))
+	return 0, false
+}
+
+// freeSlot returns the slot that an ENI was created for if nothing is in it, or
+// else the lowest that is empty.
+func freeSlot(s state, in map[int]tencent.ENI, e tencent.ENI) (int, bool) {
+	free := func(n int) bool {
+		_, taken := in[n]
+		slot := s.Slots[n]
+		return !taken && slot.ENI == "" && slot.Intent == ""
+	}
+	if n, ok := slotTag(e); ok {
+		if _, taken := in[n]; !taken && s.Slots[n].ENI == "" {
+			return n, true
 		}
 	}
-	if len(out) == 0 && before.Intent != after.Intent {
-		out = append(out, fmt.Sprintf("note that the %s of %s is done", before.Intent, after.ENI))
-	}
-	return out
-}
-
-// intend records that a call is about to be made. Every call has a token of its
-// own, but for a creation that is repeated because nothing was heard of it: that
-// must not make a second ENI.
-func (s *Slot) intend(step Step, now time.Time) {
-	if step != stepCreate || s.Intent != stepCreate {
-		s.Calls++
-	}
-	s.Intent, s.Since = step, now.UTC().Truncate(time.Second)
-}
-
-// find returns the ENI of a slot: the one the ledger names, or else one that
-// carries the slot's tag, which a crash may have left.
-func (v cloudView) find(slot Slot) (tencent.ENI, bool) {
-	for _, e := range v.enis {
-		if !e.Primary && e.ID == slot.ENI {
-			return e, true
+	for n := range maxSlots {
+		if free(n) {
+			return n, true
 		}
 	}
-	for _, e := range v.enis {
-		if slot.ENI == "" && !e.Primary && e.State != tencent.StateDeleting &&
-			slices.Contains(e.Tags, tencent.Tag{Key: tagSlot, Value: strconv.Itoa(slot.Number)}) {
-			return e, true
-		}
-	}
-	return tencent.ENI{}, false
+	return 0, false
 }
-
-// busy reports whether the call is under way and young.
-func busy(slot Slot, step Step, now time.Time) bool {
-	return slot.Intent == step && now.Sub(slot.Since) < patience
-}
-
-func age(slot Slot, now time.Time) time.Duration { return now.Sub(slot.Since).Round(time.Second) }

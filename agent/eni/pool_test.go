@@ -68,8 +68,9 @@ type poolNode struct {
 	cloud  Cloud // what the pool is given
 }
 
-func newPoolNode(t *testing.T) *poolNode {
-	config := cloud.Default()
+func newPoolNode(t *testing.T) *poolNode { return newPoolNodeIn(t, cloud.Default()) }
+
+func newPoolNodeIn(t *testing.T, config cloud.Config) *poolNode {
 	config.Log = slog.New(slog.DiscardHandler)
 	region, err := cloud.New(config, idle{}, idle{})
 	if err != nil {
@@ -90,7 +91,7 @@ func newPoolNode(t *testing.T) *poolNode {
 	n := &poolNode{t: t, region: region, api: api, cloud: api, dir: t.TempDir()}
 	n.sealed.Facts = node.Facts{InstanceID: in.ID, VPCID: config.VPCID}
 	n.sealed.Config.Cluster.ID = "cls-lab00001"
-	n.sealed.Config.Network = node.NetworkConfig{SubnetIDs: []string{"subnet-pods0001"}, SecurityGroupIDs: []string{"sg-lab00001"}, ENIs: 1, IPsPerENI: 8}
+	n.sealed.Config.Network = node.NetworkConfig{SubnetIDs: []string{"subnet-pods0001"}, SecurityGroupIDs: []string{"sg-lab00001"}, ENIs: 1, IPsPerENI: 8, WarmIPs: node.WarmIPs{Min: 8, Max: 8}}
 	n.start()
 	t.Cleanup(func() { n.net.Close() })
 	return n
@@ -119,7 +120,7 @@ func (n *poolNode) run(limit time.Duration) (applied []string, err error) {
 	for time.Now().Before(end) {
 		var plan node.Plan
 		plan, err = n.net.Pool().Plan(n.t.Context())
-		if err == nil && plan.Empty() {
+		if err == nil && plan.Empty() && plan.Again > pollPeriod && n.net.blocked == nil {
 			return applied, nil
 		}
 		if err == nil {
@@ -131,7 +132,7 @@ func (n *poolNode) run(limit time.Duration) (applied []string, err error) {
 		switch {
 		case errors.Is(err, errKilled) || node.ClassOf(err) == node.ClassTerminal && err != nil:
 			return applied, err
-		case err != nil:
+		case err != nil || plan.Empty():
 			time.Sleep(time.Second)
 		}
 	}
@@ -175,7 +176,7 @@ func TestPoolConverges(t *testing.T) {
 			t.Errorf("took %s with the lab's delays", took)
 		}
 
-		n.sealed.Config.Network.IPsPerENI = 9
+		n.sealed.Config.Network.IPsPerENI, n.sealed.Config.Network.WarmIPs = 9, node.WarmIPs{Min: 9, Max: 9}
 		if _, err := n.run(time.Minute); err != nil {
 			t.Fatal(err)
 		}
@@ -219,6 +220,21 @@ func (k *killer) CreateENI(ctx context.Context, spec tencent.ENISpec) (e tencent
 
 func (k *killer) AttachENI(ctx context.Context, eni, instance, token string) (task string, err error) {
 	err = k.call(func() error { task, err = k.Cloud.AttachENI(ctx, eni, instance, token); return err })
+	return task, err
+}
+
+func (k *killer) UnassignIPs(ctx context.Context, eni string, addrs []netip.Addr) (task string, err error) {
+	err = k.call(func() error { task, err = k.Cloud.UnassignIPs(ctx, eni, addrs); return err })
+	return task, err
+}
+
+func (k *killer) DetachENI(ctx context.Context, eni, instance, token string) (task string, err error) {
+	err = k.call(func() error { task, err = k.Cloud.DetachENI(ctx, eni, instance, token); return err })
+	return task, err
+}
+
+func (k *killer) DeleteENI(ctx context.Context, eni string) (task string, err error) {
+	err = k.call(func() error { task, err = k.Cloud.DeleteENI(ctx, eni); return err })
 	return task, err
 }
 

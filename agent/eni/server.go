@@ -213,15 +213,27 @@ func (n *Network) add(ctx context.Context, req cni.Request) (*cni.Result, error)
 func (n *Network) allocate(ctx context.Context, p Pod) (Pod, error) {
 	ctx, cancel := context.WithTimeout(ctx, addTimeout)
 	defer cancel()
+	waiting := false
+	defer func() {
+		if waiting {
+			n.waiting.Add(-1)
+		}
+	}()
 	for {
 		changed := n.ledger.wait()
 		got, short, err := n.ledger.allocate(p, n.paths.readySlots(), time.Now())
+		if err == nil && !got.Addr.IsValid() && !waiting {
+			waiting = true
+			n.waiting.Add(1)
+		}
+		if short.free() < n.warm() {
+			select {
+			case n.demand <- struct{}{}:
+			default:
+			}
+		}
 		if err != nil || got.Addr.IsValid() {
 			return got, err
-		}
-		select {
-		case n.demand <- struct{}{}:
-		default:
 		}
 		rested := time.NewTimer(addTimeout)
 		if !short.next.IsZero() {
@@ -236,6 +248,15 @@ func (n *Network) allocate(ctx context.Context, p Pod) (Pod, error) {
 		}
 		rested.Stop()
 	}
+}
+
+// warm is how many addresses are to be free.
+func (n *Network) warm() int {
+	sealed, ok := n.sealed()
+	if !ok {
+		return 0
+	}
+	return max(sealed.Config.Network.WarmIPs.Min, 1)
 }
 
 // noAddress says why, for whoever reads the pod's events.

@@ -60,12 +60,30 @@ type Taint struct {
 	Effect string `json:"effect" yaml:"effect"` // NoSchedule, PreferNoSchedule or NoExecute
 }
 
+// Allocator says who attaches ENIs and assigns addresses.
+type Allocator string
+
+// The allocators.
+const (
+	AllocatorNode    Allocator = "node"    // the agent does; the default
+	AllocatorObserve Allocator = "observe" // somebody else does: the agent uses what it finds and changes nothing
+)
+
 // NetworkConfig says where the secondary ENIs, and so the pods' addresses, come from.
 type NetworkConfig struct {
-	SubnetIDs        []string `json:"subnetIDs" yaml:"subnetIDs"`               // subnets of the secondary ENIs, in order of preference
-	SecurityGroupIDs []string `json:"securityGroupIDs" yaml:"securityGroupIDs"` // of the secondary ENIs
-	ENIs             int      `json:"enis" yaml:"enis"`                         // secondary ENIs to hold; default 1
-	IPsPerENI        int      `json:"ipsPerENI" yaml:"ipsPerENI"`               // pod addresses to hold on each; default 8
+	Allocator        Allocator `json:"allocator,omitempty" yaml:"allocator"`     // default node
+	SubnetIDs        []string  `json:"subnetIDs" yaml:"subnetIDs"`               // subnets of the secondary ENIs, in order of preference
+	SecurityGroupIDs []string  `json:"securityGroupIDs" yaml:"securityGroupIDs"` // of the secondary ENIs
+	ENIs             int       `json:"enis,omitempty" yaml:"enis"`               // secondary ENIs at most; 0: the instance's quota
+	IPsPerENI        int       `json:"ipsPerENI,omitempty" yaml:"ipsPerENI"`     // pod addresses at most on each; 0: the instance's quota
+	WarmIPs          WarmIPs   `json:"warmIPs" yaml:"warmIPs"`
+}
+
+// WarmIPs says how many addresses are held that no pod uses, as TKE's
+// ip-min-warm-target and ip-max-warm-target do.
+type WarmIPs struct {
+	Min int `json:"min" yaml:"min"` // default 5
+	Max int `json:"max" yaml:"max"` // default 5
 }
 
 // FileSystem is a file system that a disk may be formatted with.
@@ -86,7 +104,7 @@ type DiskConfig struct {
 
 // KubeletConfig overrides settings of kubelet.
 type KubeletConfig struct {
-	MaxPods int `json:"maxPods,omitempty" yaml:"maxPods"` // default: the pod addresses that Network holds
+	MaxPods int `json:"maxPods,omitempty" yaml:"maxPods"` // at most; 0: as many as have addresses, see Config.MaxPods
 	// Config is merged over ours; fields that tkenode must own are refused.
 	Config map[string]any `json:"config,omitempty" yaml:"config"`
 }
@@ -116,6 +134,39 @@ type CloudConfig struct {
 	// from inside a VPC without a public address.
 	APIDomain            string `json:"apiDomain" yaml:"apiDomain"`
 	CertificateAuthority string `json:"certificateAuthority,omitempty" yaml:"certificateAuthority"` // PEM; empty: the system's
+}
+
+// unknownMaxPods is how many pods a node has whose quota is not known. It was
+// sealed before the quota was asked for, or is none of ours; the smallest
+// instance type with as much memory as a node needs has addresses for as many.
+const unknownMaxPods = 8
+
+// MaxPodsLimit bounds the pods: Kubernetes is tested with far fewer on a node.
+const MaxPodsLimit = 1000
+
+// MaxPods returns how many pods kubelet may be given: by TKE's formula as many as
+// the secondary ENIs have addresses beside their primary one, and no more than the
+// configuration says.
+// Source: https://cloud.tencent.com/document/product/457/64919
+func (c Config) MaxPods(f Facts) int {
+	pods, enis, ips := unknownMaxPods, c.Network.ENIs, c.Network.IPsPerENI
+	switch {
+	case f.ENIQuota > 0 && f.IPQuota > 0:
+		pods = bounded(f.ENIQuota-1, enis) * bounded(f.IPQuota-1, ips)
+	case enis > 0 && ips > 0:
+		pods = enis * ips
+	case c.Kubelet.MaxPods > 0:
+		pods = c.Kubelet.MaxPods
+	}
+	return min(max(bounded(pods, c.Kubelet.MaxPods), 1), MaxPodsLimit)
+}
+
+// bounded returns n, or the limit if there is one and it is lower.
+func bounded(n, limit int) int {
+	if limit > 0 {
+		return min(n, limit)
+	}
+	return n
 }
 
 // Name returns the Node's name.

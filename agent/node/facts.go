@@ -20,7 +20,9 @@ type Facts struct {
 	MAC          string     `json:"mac"`      // of the primary ENI, lower case
 	PrivateIP    netip.Addr `json:"privateIP"`
 	Hostname     string     `json:"hostname"`
-	CAMRole      string     `json:"camRole,omitempty"` // empty: the instance has none
+	CAMRole      string     `json:"camRole,omitempty"`  // empty: the instance has none
+	ENIQuota     int        `json:"eniQuota,omitempty"` // ENIs, the primary one included; 0: not known
+	IPQuota      int        `json:"ipQuota,omitempty"`  // addresses of an ENI, the primary one included; 0: not known
 }
 
 // ProviderID is the Node's spec.providerID in the form of Tencent's cloud
