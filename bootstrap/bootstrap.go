@@ -37,7 +37,7 @@ const (
 	ReasonMetadataSilent = "MetadataSilent"       // the metadata service does not answer as it should
 	ReasonBadName        = "NodeNameInvalid"      // the Node would have no valid name
 	ReasonClockSkewed    = "ClockSkewed"          // this clock and the API server's differ
-	ReasonZoneUnknown    = "ZoneUnknown"          // the cloud API does not tell the zone's number
+	ReasonCloudUnknown   = "CloudFactsUnknown"    // the cloud API does not tell the zone's number or the quota
 	ReasonUnreachable    = "APIServerUnreachable" // no answer, or one that only a fault explains
 	ReasonUntrusted      = "APIServerUntrusted"   // its certificate is not of the cluster's CA
 	ReasonTokenRefused   = "TokenRefused"         // wrong or expired
@@ -54,16 +54,17 @@ const (
 type Metadata interface {
 	// UserData fails with an error that is fs.ErrNotExist when there is none.
 	UserData(ctx context.Context) ([]byte, error)
-	// Facts may leave out ZoneID, which the service does not know.
+	// Facts may leave out ZoneID and the quota, which the service does not know.
 	Facts(ctx context.Context) (node.Facts, error)
 }
 
 // Options is what Run works with.
 type Options struct {
 	Metadata Metadata
-	// ZoneID asks the cloud API for the number of the zone. It needs the
-	// instance's credentials and the NodeConfig's cloud section.
-	ZoneID func(ctx context.Context, cfg node.Config, f node.Facts) (int, error)
+	// CloudFacts asks the cloud API for what the metadata service does not know, and
+	// returns f with it. It needs the instance's credentials and the NodeConfig's
+	// cloud section.
+	CloudFacts func(ctx context.Context, cfg node.Config, f node.Facts) (node.Facts, error)
 
 	// UserDataFile is read instead of the metadata service's user-data; empty: not.
 	UserDataFile string
@@ -133,7 +134,7 @@ func (r *run) boot(ctx context.Context) error {
 		{"user-data", r.readUserData},
 		{"metadata", r.readFacts},
 		{"api-server", r.checkClock},
-		{"zone", r.readZone},
+		{"cloud-api", r.readCloudFacts},
 	} {
 		if err := r.ledger.step(s.name, func() error { return s.do(ctx) }); err != nil {
 			return err
@@ -257,17 +258,19 @@ func silent(err error) error {
 		Fix: "if it lasts: check this node's route and firewall to 169.254.0.23, then ask Tencent Cloud", Err: err}
 }
 
-func (r *run) readZone(ctx context.Context) error {
-	if r.facts.ZoneID != 0 {
+func (r *run) readCloudFacts(ctx context.Context) error {
+	if r.facts.ZoneID != 0 && r.facts.ENIQuota != 0 {
 		return nil
 	}
-	return r.until(ctx, apiTimeout, func(ctx context.Context) (err error) {
-		r.facts.ZoneID, err = r.ZoneID(ctx, r.config, r.facts)
+	return r.until(ctx, apiTimeout, func(ctx context.Context) error {
+		f, err := r.CloudFacts(ctx, r.config, r.facts)
+		if err == nil {
+			r.facts = f
+		}
 		if err == nil || node.ClassOf(err) == node.ClassTerminal {
 			return err
 		}
-		return &node.Error{Class: node.ClassWaiting, Reason: node.ReasonOf(err, ReasonZoneUnknown),
-			Err: fmt.Errorf("number of zone %s: %w", r.facts.Zone, err)}
+		return &node.Error{Class: node.ClassWaiting, Reason: node.ReasonOf(err, ReasonCloudUnknown), Err: err}
 	})
 }
 

@@ -61,7 +61,7 @@ network:
 // newStage must be called in a synctest bubble.
 func newStage(t *testing.T) *stage {
 	s := &stage{t: t, fakeCluster: newFakeCluster(t), root: t.TempDir(), facts: labFacts, began: time.Now()}
-	s.facts.ZoneID = 0
+	s.facts.ZoneID, s.facts.ENIQuota, s.facts.IPQuota = 0, 0, 0
 	indented := "    " + strings.ReplaceAll(strings.TrimSpace(s.ca.pem), "\n", "\n    ")
 	s.userData = fmt.Sprintf(userDataForm, indented)
 	s.dial.Dial = s.serve()
@@ -106,13 +106,14 @@ func (s *stage) boot(ctx context.Context) error {
 	}
 	s.err = Run(ctx, Options{
 		Metadata: s, Root: s.root, Dial: s.dial.Dial,
-		ZoneID: func(context.Context, node.Config, node.Facts) (int, error) {
+		CloudFacts: func(_ context.Context, _ node.Config, f node.Facts) (node.Facts, error) {
 			if s.zoneError != nil {
 				if err := s.zoneError(); err != nil {
-					return 0, err
+					return node.Facts{}, err
 				}
 			}
-			return 100003, nil
+			f.ZoneID, f.ENIQuota, f.IPQuota = labFacts.ZoneID, labFacts.ENIQuota, labFacts.IPQuota
+			return f, nil
 		},
 		Log: slog.New(slog.NewTextHandler(&s.journal, nil)), Console: &s.console,
 	})
@@ -422,7 +423,7 @@ func (s *stage) joined() {
 		s.t.Fatal(err)
 	}
 	facts := s.facts
-	facts.ZoneID = 100003
+	facts.ZoneID, facts.ENIQuota, facts.IPQuota = labFacts.ZoneID, labFacts.ENIQuota, labFacts.IPQuota
 	want, err := node.Seal(sealed.Generation, cfg, facts, sealed.SealedAt)
 	if err != nil {
 		s.t.Fatal(err)

@@ -29,7 +29,7 @@ func kubeletConfig(c node.Config, f node.Facts, m Machine) map[string]any {
 		"providerID":         f.ProviderID(),
 		"registerNode":       true,
 		"registerWithTaints": taints(c.Node.Taints),
-		"maxPods":            c.Kubelet.MaxPods,
+		"maxPods":            c.MaxPods(f),
 		"clusterDomain":      c.Cluster.Domain,
 		"clusterDNS":         c.Cluster.DNS,
 		// Not systemd-resolved's stub: a loopback address means something else in a pod.

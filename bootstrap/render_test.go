@@ -21,7 +21,7 @@ var update = flag.Bool("update", false, "write the goldens")
 var labFacts = node.Facts{
 	InstanceID: "ins-lab00001", InstanceType: "S5.MEDIUM2", Region: "ap-guangzhou", Zone: "ap-guangzhou-3", ZoneID: 100003,
 	VPCID: "vpc-lab00001", SubnetID: "subnet-node0001", MAC: "52:54:00:00:00:01", PrivateIP: netip.MustParseAddr("10.0.0.5"),
-	Hostname: "vm-0-5", CAMRole: "TKENodeRole",
+	Hostname: "vm-0-5", CAMRole: "TKENodeRole", ENIQuota: 4, IPQuota: 10,
 }
 
 // TestRender: each golden is a NodeConfig and every file that it gives, whole.

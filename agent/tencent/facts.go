@@ -18,7 +18,8 @@ import (
 // ids carry its number, 100003. The numbers follow no rule that holds for every
 // region (Guangzhou's start at 100001, Beijing's at 800001, Chengdu's at 160001)
 // and a table would be wrong for the next region, so Client.ZoneID asks the API
-// once, before the Facts are sealed. The host name is the machine's own.
+// once, before the Facts are sealed, as Client.Facts does for the quota, too. The
+// host name is the machine's own.
 func (m *Metadata) Facts(ctx context.Context) (node.Facts, error) {
 	var f node.Facts
 	var mac, ip string
@@ -91,6 +92,21 @@ func (m *Metadata) role(ctx context.Context) (string, error) {
 		return "", fmt.Errorf("metadata %s: %w", dir, ErrNotFound)
 	}
 	return strings.TrimSuffix(names[0], "/"), nil
+}
+
+// Facts returns f with what the metadata service does not know: the zone's number,
+// and how many ENIs and addresses the instance may have.
+func (c *Client) Facts(ctx context.Context, f node.Facts) (node.Facts, error) {
+	id, err := c.ZoneID(ctx, f.Zone)
+	if err != nil {
+		return f, err
+	}
+	limit, err := c.ENILimit(ctx, f.InstanceID)
+	if err != nil {
+		return f, err
+	}
+	f.ZoneID, f.ENIQuota, f.IPQuota = id, limit.ENIs, limit.IPsPerENI
+	return f, nil
 }
 
 // ZoneID returns the number of a zone, 100003 for ap-guangzhou-3; see

@@ -13,13 +13,15 @@ import (
 func defaults(c *node.Config, present map[string]int) {
 	fill(present, "cluster.domain", &c.Cluster.Domain, "cluster.local")
 	fill(present, "node.nameFrom", &c.Node.NameFrom, node.NameFromPrivateIP)
-	fill(present, "network.enis", &c.Network.ENIs, 1)
-	fill(present, "network.ipsPerENI", &c.Network.IPsPerENI, 8)
+	fill(present, "network.allocator", &c.Network.Allocator, node.AllocatorNode)
+	// TKE's; one that is given moves the other.
+	// Source: https://cloud.tencent.com/document/product/457/64919
+	const warm = 5
+	fill(present, "network.warmIPs.max", &c.Network.WarmIPs.Max, max(warm, c.Network.WarmIPs.Min))
+	fill(present, "network.warmIPs.min", &c.Network.WarmIPs.Min, max(min(warm, c.Network.WarmIPs.Max), 0))
 	for i := range c.Disks {
 		fill(present, index("disks", i)+".fileSystem", &c.Disks[i].FileSystem, node.Ext4)
 	}
-	// In bounds even when the network's numbers are not: one problem is enough.
-	fill(present, "kubelet.maxPods", &c.Kubelet.MaxPods, min(max(c.Network.ENIs*c.Network.IPsPerENI, 1), maxMaxPods))
 	fill(present, "metrics.interval", &c.Metrics.Interval, node.Duration(15*time.Second))
 	fill(present, "cloud.apiDomain", &c.Cloud.APIDomain, "internal.tencentcloudapi.com")
 	c.Cluster.CertificateAuthority = pemText(c.Cluster.CertificateAuthority)

@@ -94,7 +94,7 @@ func decode(doc []byte, part int) (node.Config, error) {
 	// A document of another kind would only be a list of missing fields.
 	if d.recognised {
 		defaults(&cfg, d.lines)
-		v := validator{skip: d.broken}
+		v := validator{skip: d.broken, present: d.lines}
 		v.config(&cfg)
 		for _, p := range v.problems {
 			p.Line = d.line(p.Field)

@@ -21,6 +21,7 @@ import (
 // validator collects what is wrong with a defaulted Config.
 type validator struct {
 	skip     func(field string) bool // a problem of it is known already
+	present  map[string]int          // the fields that the document says
 	problems Problems
 }
 
@@ -151,12 +152,30 @@ func (v *validator) authority(field, text string) {
 }
 
 func (v *validator) network(n *node.NetworkConfig) {
-	v.ids("network.subnetIDs", "subnet", n.SubnetIDs, "write the VPC subnets that pods get their addresses from")
-	v.ids("network.securityGroupIDs", "sg", n.SecurityGroupIDs, "write the security groups of the pods' ENIs")
+	switch n.Allocator {
+	case node.AllocatorNode:
+		v.ids("network.subnetIDs", "subnet", n.SubnetIDs, "write the VPC subnets that pods get their addresses from")
+		v.ids("network.securityGroupIDs", "sg", n.SecurityGroupIDs, "write the security groups of the pods' ENIs")
+	case node.AllocatorObserve: // whoever attaches the ENIs knows
+	default:
+		v.problem("network.allocator", "found %s, expected node or observe", quote(string(n.Allocator)))
+	}
 	// More ENIs or addresses than this has no instance type.
 	// Source: https://cloud.tencent.com/document/product/576/18527
-	v.between("network.enis", n.ENIs, 1, 19)
-	v.between("network.ipsPerENI", n.IPsPerENI, 1, 50)
+	v.limit("network.enis", n.ENIs, 19)
+	v.limit("network.ipsPerENI", n.IPsPerENI, 50)
+	v.between("network.warmIPs.min", n.WarmIPs.Min, 0, node.MaxPodsLimit)
+	v.between("network.warmIPs.max", n.WarmIPs.Max, 0, node.MaxPodsLimit)
+	if n.WarmIPs.Max < n.WarmIPs.Min {
+		v.problem("network.warmIPs.max", "found %d, which is less than network.warmIPs.min, %d", n.WarmIPs.Max, n.WarmIPs.Min)
+	}
+}
+
+// limit checks a number that may be left out.
+func (v *validator) limit(field string, n, high int) {
+	if _, ok := v.present[field]; ok {
+		v.between(field, n, 1, high)
+	}
 }
 
 func (v *validator) between(field string, n, low, high int) {
@@ -234,11 +253,8 @@ func (v *validator) mountPoint(field, dir string, before []node.DiskConfig) {
 
 func within(dir, tree string) bool { return dir == tree || strings.HasPrefix(dir, tree+"/") }
 
-// Kubernetes is tested with far fewer pods on a node.
-const maxMaxPods = 1000
-
 func (v *validator) kubelet(k *node.KubeletConfig) {
-	v.between("kubelet.maxPods", k.MaxPods, 1, maxMaxPods)
+	v.limit("kubelet.maxPods", k.MaxPods, node.MaxPodsLimit)
 	known := slices.Sorted(maps.Keys(kubeletFields)) // so that did-you-mean is the same every time
 	for _, name := range slices.Sorted(maps.Keys(k.Config)) {
 		value := k.Config[name]

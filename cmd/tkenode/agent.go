@@ -54,12 +54,12 @@ sealed. It exits with 0 when it is done, with 1 when a human must act, and with 
 			metadata := tencent.NewMetadata("")
 			err := bootstrap.Run(ctx, bootstrap.Options{
 				Metadata: metadata,
-				ZoneID: func(ctx context.Context, c node.Config, f node.Facts) (int, error) {
+				CloudFacts: func(ctx context.Context, c node.Config, f node.Facts) (node.Facts, error) {
 					api, err := tencent.NewClient(c.Cloud, f.Region, metadata)
 					if err != nil {
-						return 0, fmt.Errorf("reach cloud API: %w", err)
+						return f, fmt.Errorf("reach cloud API: %w", err)
 					}
-					return api.ZoneID(ctx, f.Zone)
+					return api.Facts(ctx, f)
 				},
 				UserDataFile: *file,
 				Log:          journal(),

@@ -171,6 +171,7 @@ func (b *boot) makePeer(ctx context.Context) error {
 	}
 	h.facts.InstanceID, h.facts.InstanceType = "ins-handmade", "S5.MEDIUM4"
 	h.facts.Region, h.facts.Zone, h.facts.ZoneID = region.Region, region.Zones[0].Name, region.Zones[0].ID
+	h.facts.ENIQuota, h.facts.IPQuota = 4, 10 // S5.MEDIUM4's
 	h.facts.PrivateIP = peerIP
 	if h.certificate, err = b.Lab.Cluster.IssueNodeCertificate(config.Name(h.facts)); err != nil {
 		return err

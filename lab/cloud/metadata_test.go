@@ -38,7 +38,7 @@ func TestMetadataFacts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if f.ZoneID, err = l.api.ZoneID(t.Context(), f.Zone); err != nil {
+	if f, err = l.api.Facts(t.Context(), f); err != nil {
 		t.Fatal(err)
 	}
 	host, err := os.Hostname()
@@ -46,7 +46,7 @@ func TestMetadataFacts(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := node.Facts{
-		InstanceID: l.instance.ID, InstanceType: "S5.MEDIUM4", Region: "ap-guangzhou", Zone: "ap-guangzhou-3", ZoneID: 100003,
+		InstanceID: l.instance.ID, InstanceType: "S5.MEDIUM4", Region: "ap-guangzhou", Zone: "ap-guangzhou-3", ZoneID: 100003, ENIQuota: 4, IPQuota: 10,
 		VPCID: "vpc-lab00001", SubnetID: "subnet-node0001", MAC: f.MAC, PrivateIP: l.instance.PrivateIP, Hostname: host, CAMRole: "TKENodeRole",
 	}
 	if f != want || !strings.HasPrefix(f.MAC, "52:54:00:") || f.PrivateIP.String() != "10.0.0.30" {
