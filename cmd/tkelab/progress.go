@@ -7,16 +7,20 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// progress shows steps as they go. On a terminal the running step is one line
+// progress shows steps as they go. On a terminal each running step is one line
 // with a bar that is redrawn; elsewhere (a pipe, a CI log) each step is a line at
 // its start and its end, with one in between every few seconds.
 type progress struct {
 	w    io.Writer
 	tty  bool
+	size func() int // columns of the terminal
 	mu   sync.Mutex // guards the rest and the writer
 	step []*step    // running, oldest first
+	rows int        // that draw has written and clear removes
 	ends chan struct{}
 	done sync.WaitGroup
 }
@@ -40,6 +44,7 @@ func newProgress(f *os.File) *progress {
 	p := &progress{
 		w:    f,
 		tty:  err == nil && st.Mode()&os.ModeCharDevice != 0 && os.Getenv("TERM") != "dumb",
+		size: func() int { return columns(f) },
 		ends: make(chan struct{}),
 	}
 	p.done.Go(p.loop)
@@ -61,6 +66,9 @@ func (p *progress) Begin(name string) {
 	defer p.mu.Unlock()
 	now := time.Now()
 	p.step = append(p.step, &step{name: name, began: now, fraction: -1, said: now})
+	if !p.tty {
+		fmt.Fprintf(p.w, "  %s …\n", name)
+	}
 	p.draw()
 }
 
@@ -136,20 +144,34 @@ func (p *progress) line(format string, args ...any) {
 }
 
 func (p *progress) clear() {
-	if p.tty {
-		fmt.Fprint(p.w, "\r\x1b[K")
+	if p.rows > 0 {
+		fmt.Fprint(p.w, "\r"+strings.Repeat("\x1b[A", p.rows-1)+"\x1b[J")
+		p.rows = 0
 	}
 }
 
-// draw shows the oldest running step; the caller holds mu.
-func (p *progress) draw() {
-	if len(p.step) == 0 {
-		return
+// columns is the width of a terminal; 80 where it does not tell.
+func columns(f *os.File) int {
+	size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
+	if err != nil || size.Col == 0 {
+		return 80
 	}
+	return int(size.Col)
+}
+
+// draw shows the running steps; the caller holds mu.
+func (p *progress) draw() {
 	now := time.Now()
 	if p.tty {
 		p.clear()
-		fmt.Fprint(p.w, text(p.step[0], now, 100))
+		width := p.size() - 1 // a line that fills the last column wraps
+		for i, s := range p.step {
+			if i > 0 {
+				fmt.Fprint(p.w, "\n")
+			}
+			fmt.Fprint(p.w, text(s, now, width))
+		}
+		p.rows = len(p.step)
 		return
 	}
 	for _, s := range p.step {
@@ -162,15 +184,19 @@ func (p *progress) draw() {
 
 // text is one line about a running step, at most width characters of it.
 func text(s *step, now time.Time, width int) string {
-	bar := strings.Repeat("·", barWidth)
+	length := barWidth
+	if width < 100 {
+		length /= 2 // the note says more
+	}
+	bar := strings.Repeat("·", length)
 	percent := "    "
 	if s.fraction >= 0 {
-		n := min(int(s.fraction*barWidth), barWidth)
-		bar = strings.Repeat("█", n) + strings.Repeat("░", barWidth-n)
+		n := min(int(s.fraction*float64(length)), length)
+		bar = strings.Repeat("█", n) + strings.Repeat("░", length-n)
 		percent = fmt.Sprintf("%3d%%", int(min(s.fraction, 1)*100))
 	}
 	out := fmt.Sprintf("  %-30s %s %s %6s  %s", s.name, bar, percent, seconds(now.Sub(s.began)), s.note)
-	if r := []rune(out); len(r) > width {
+	if r := []rune(out); len(r) > width && width > 0 {
 		out = string(r[:width-1]) + "…"
 	}
 	return out
