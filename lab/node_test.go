@@ -56,8 +56,8 @@ func (p logProgress) End(step string, err error) {
 func startLab(t *testing.T) *Lab {
 	t.Helper()
 	a := artifacts(t)
-	// Unix sockets allow about 100 bytes of path: the test's own directory is too long.
-	dir, err := os.MkdirTemp("", "tkelab")
+	// Unix sockets allow about 100 bytes of path: the test's own directory is too long, and $TMPDIR may be.
+	dir, err := os.MkdirTemp("/tmp", "tkelab")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -72,7 +72,7 @@ func TestWaitNodeReadySaysWhyNot(t *testing.T) {
 		w.(http.Flusher).Flush()
 		<-r.Context().Done()
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	_, err := c.WaitNodeReady(ctx, "n")
 	if !errors.Is(err, context.DeadlineExceeded) || !strings.HasSuffix(err.Error(), "; Ready is False: R m") {
@@ -107,7 +107,7 @@ func TestWaitPodRunning(t *testing.T) {
 		t.Errorf("%+v, %v", p, err)
 	}
 	events = events[:1]
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	_, err = c.WaitPodRunning(ctx, "p")
 	if want := "it is Pending, PodScheduled is False: Unschedulable no nodes, container waits: ErrImageNeverPull not there"; err == nil || !strings.HasSuffix(err.Error(), want) {

@@ -16,7 +16,7 @@ import (
 
 func startEgress(t *testing.T, dial DialFunc) (socket string, e *egress) {
 	t.Helper()
-	socket = filepath.Join(t.TempDir(), "egress.sock")
+	socket = filepath.Join(shortDir(t), "egress.sock")
 	e, err := newEgress(socket, dial)
 	if err != nil {
 		t.Fatal(err)

@@ -2,6 +2,7 @@ package kube
 
 import (
 	"net"
+	"os"
 	"testing"
 )
 
@@ -16,4 +17,16 @@ func TestFreeAddressWhereThePortIsTakenEverywhere(t *testing.T) {
 	if err != nil || a.Port() == taken || !a.Addr().IsLoopback() {
 		t.Errorf("address %v, %v; port %d is taken", a, err, taken)
 	}
+}
+
+// shortDir is a directory for sockets, whose paths have room for some 100 bytes:
+// $TMPDIR may be longer than that by itself.
+func shortDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "tkenode")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
 }

@@ -60,9 +60,9 @@ func (v *vpc) dial(ctx context.Context, network, address string) (net.Conn, erro
 }
 
 func TestNodeControlPlane(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "kube")
+	dir := filepath.Join(shortDir(t), "kube")
 	v := &vpc{}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	began := time.Now()
 	c, err := Start(ctx, Options{
@@ -204,7 +204,7 @@ func testJoin(ctx context.Context, t *testing.T, c *Cluster) {
 		t.Errorf("a node could not register: %v", err)
 	}
 	wantStatus(t, self.Do(ctx, http.MethodPost, "/api/v1/nodes", newNode("10.0.0.6"), nil), http.StatusForbidden)
-	short, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+	short, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	if _, err := c.WaitNodeReady(short, "10.0.0.5"); err == nil || !strings.Contains(err.Error(), "Ready is Unknown") {
 		t.Errorf("a node without kubelet: %v", err)
@@ -271,7 +271,7 @@ func testKubelet(ctx context.Context, t *testing.T, c *Cluster, v *vpc) {
 	if a := v.dialled.Load(); a == nil || *a != "10.0.0.8:10250" {
 		t.Errorf("the API server called %v", a)
 	}
-	short, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+	short, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	if _, err := c.WaitPodRunning(short, "hello"); err == nil || !strings.Contains(err.Error(), "it is Pending") {
 		t.Errorf("a pod that no kubelet runs: %v", err)

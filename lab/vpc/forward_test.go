@@ -78,7 +78,7 @@ func BenchmarkForward(b *testing.B) {
 // BenchmarkStream is the same between two machines on unix sockets, system calls and all.
 func BenchmarkStream(b *testing.B) {
 	n := newNetwork(b)
-	dir := b.TempDir()
+	dir := shortDir(b)
 	var conns []net.Conn
 	for _, p := range []Port{nodePort(), podPort()} {
 		socket := filepath.Join(dir, p.ENI)

@@ -19,7 +19,7 @@ import (
 // A virtual machine without a disk boots from the network: QEMU's own firmware asks DHCP and takes what it is offered.
 func TestNodeFirmwareTakesTheLease(t *testing.T) {
 	n := newNetwork(t)
-	socket := filepath.Join(t.TempDir(), "eth0")
+	socket := filepath.Join(shortDir(t), "eth0")
 	p := nodePort()
 	if err := n.Attach(p, socket); err != nil {
 		t.Fatal(err)

@@ -27,7 +27,7 @@ func connect(t *testing.T, n *Network, eni, socket string) *machine {
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(10 * time.Second))
-	for range 1000 {
+	for range 10000 {
 		if n.Connected(eni) {
 			return &machine{t, conn}
 		}
@@ -80,7 +80,7 @@ func (m *machine) waitFor(from *machine, frame []byte) {
 
 func TestStream(t *testing.T) {
 	n := newNetwork(t)
-	dir := t.TempDir()
+	dir := shortDir(t)
 	nodeSocket, podSocket := filepath.Join(dir, "node"), filepath.Join(dir, "pods")
 	if err := n.Attach(nodePort(), nodeSocket); err != nil {
 		t.Fatal(err)
@@ -134,7 +134,7 @@ func TestStream(t *testing.T) {
 // A machine that does not read must hold up nobody, not even its own end; what waited for it is not for its successor.
 func TestStreamStalled(t *testing.T) {
 	n := newNetwork(t)
-	socket := filepath.Join(t.TempDir(), "node")
+	socket := filepath.Join(shortDir(t), "node")
 	if err := n.Attach(nodePort(), socket); err != nil {
 		t.Fatal(err)
 	}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -328,7 +329,7 @@ func TestAttachRefuses(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			socket := filepath.Join(t.TempDir(), "s")
+			socket := filepath.Join(shortDir(t), "s")
 			if err := n.Attach(test.port, socket); err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error %v, want one with %q", err, test.want)
 			}
@@ -340,4 +341,16 @@ func TestAttachRefuses(t *testing.T) {
 	if _, err := n.Listen(netip.AddrPortFrom(nodeIP, 80)); err == nil || !strings.Contains(err.Error(), "eni-node has it") {
 		t.Errorf("listen on an ENI's address: %v", err)
 	}
+}
+
+// shortDir is a directory for sockets, whose paths have room for some 100 bytes:
+// $TMPDIR may be longer than that by itself.
+func shortDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "tkenode")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
 }
