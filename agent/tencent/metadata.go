@@ -73,7 +73,12 @@ func NewMetadata(url string) *Metadata {
 // UserData returns the user-data as it was given at launch, decoded from the
 // base64 of the launching API. Without any the error is ErrNotFound.
 func (m *Metadata) UserData(ctx context.Context) ([]byte, error) {
-	return m.get(ctx, "/latest/user-data", maxUserDataBytes)
+	b, err := m.get(ctx, "/latest/user-data", maxUserDataBytes)
+	if errors.Is(err, errTooLong) {
+		return nil, node.Terminal("UserDataTooLong", "shorten it or pack it with gzip: Tencent Cloud takes at most 16 KB",
+			fmt.Errorf("the instance's user-data has more than %d bytes", maxUserDataBytes))
+	}
+	return b, err
 }
 
 // value reads one key of /latest/meta-data/ that holds a word.
@@ -166,7 +171,7 @@ func (m *Metadata) once(ctx context.Context, path string, limit int64) (body []b
 	case resp.StatusCode != http.StatusOK:
 		return nil, true, fmt.Errorf("HTTP %d", resp.StatusCode)
 	case int64(len(body)) > limit:
-		return nil, false, fmt.Errorf("more than %d bytes", limit)
+		return nil, false, fmt.Errorf("%w: more than %d bytes", errTooLong, limit)
 	}
 	return body, false, nil
 }
@@ -182,5 +187,7 @@ func plain(err error) error {
 	}
 	return err
 }
+
+var errTooLong = errors.New("too long")
 
 var errTimeUp = errors.New("no answer in time")

@@ -113,7 +113,7 @@ func TestUserData(t *testing.T) {
 		t.Errorf("UserData of none: %v after %d calls, want ErrNotFound at the first", err, s.calls-1)
 	}
 	s.answers = map[string]string{"user-data": strings.Repeat("x", maxUserDataBytes+1)}
-	if _, err := s.client().UserData(t.Context()); err == nil || !strings.Contains(err.Error(), "more than 65536 bytes") {
+	if _, err := s.client().UserData(t.Context()); node.ClassOf(err) != node.ClassTerminal || !strings.Contains(err.Error(), "more than 65536 bytes; shorten it") {
 		t.Errorf("UserData of 64 KiB + 1: %v", err)
 	}
 }
