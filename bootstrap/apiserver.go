@@ -112,7 +112,7 @@ func (s *apiServer) verify(cs tls.ConnectionState, anyDate bool) error {
 			}
 		}
 	}
-	return s.distrust(leaf, err)
+	return s.distrust(leaf, err, !anyDate)
 }
 
 func outOfDate(err error) bool {
@@ -120,10 +120,16 @@ func outOfDate(err error) bool {
 	return ok && e.Reason == x509.Expired
 }
 
-// distrust says why a certificate is not trusted, and what to do about it.
-func (s *apiServer) distrust(leaf *x509.Certificate, err error) error {
+// distrust says why a certificate is not trusted, and what to do about it. That
+// the clock is right is proven or not.
+func (s *apiServer) distrust(leaf *x509.Certificate, err error, clock bool) error {
 	if err == nil {
 		return nil
+	}
+	if e, ok := errors.AsType[x509.CertificateInvalidError](err); ok && clock && outOfDate(err) && slices.ContainsFunc(s.all, e.Cert.Equal) {
+		return node.Terminal(ReasonUntrusted, "write the CA certificate that the cluster has now",
+			fmt.Errorf("API server %s: its certificate is issued by cluster.certificateAuthority %q (key %s), which is valid %s: it is %s here",
+				s.endpoint, e.Cert.Subject, fingerprint(e.Cert), validity(e.Cert), stamp(time.Now())))
 	}
 	if outOfDate(err) {
 		return &node.Error{Class: node.ClassWaiting, Reason: ReasonUntrusted, Fix: "renew the certificate that is out of date",

@@ -26,6 +26,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/tkenode/tkenode/agent/node"
@@ -36,6 +37,7 @@ import (
 const (
 	ReasonMetadataSilent = "MetadataSilent"       // the metadata service does not answer as it should
 	ReasonBadName        = "NodeNameInvalid"      // the Node would have no valid name
+	ReasonUnnamed        = "HostnameUnset"        // the host name is still the image's
 	ReasonClockSkewed    = "ClockSkewed"          // this clock and the API server's differ
 	ReasonCloudUnknown   = "CloudFactsUnknown"    // the cloud API does not tell the zone's number or the quota
 	ReasonUnreachable    = "APIServerUnreachable" // no answer, or one that only a fault explains
@@ -115,60 +117,100 @@ type run struct {
 
 	config node.Config
 	facts  node.Facts
+	join   *join
 	sealed node.Sealed
 }
 
-func (r *run) boot(ctx context.Context) error {
-	prior, known, err := r.prior(ctx)
-	if err != nil {
-		return err
-	}
-	if known && r.certificateGood(prior) {
-		r.ledger.confirm(prior)
-		return nil
-	}
-	for _, s := range []struct {
-		name string
-		do   func(context.Context) error
-	}{
-		{"user-data", r.readUserData},
-		{"metadata", r.readFacts},
-		{"api-server", r.checkClock},
-		{"cloud-api", r.readCloudFacts},
-	} {
+type step struct {
+	name string
+	do   func(context.Context) error
+}
+
+func (r *run) steps(ctx context.Context, steps ...step) error {
+	for _, s := range steps {
 		if err := r.ledger.step(s.name, func() error { return s.do(ctx) }); err != nil {
 			return err
 		}
 	}
-	var j *join
-	if err := r.ledger.step("request", func() (err error) { j, err = r.request(ctx); return err }); err != nil {
-		return err
-	}
-	if err := r.ledger.step("seal", func() error { return r.seal(prior) }); err != nil {
-		return err
-	}
-	return r.ledger.step("certificate", func() error { return r.collect(ctx, j) })
+	return nil
 }
 
-// prior returns the configuration that is sealed already, if it is this
-// instance's. Another instance's, which came with an image, is moved aside.
-func (r *run) prior(ctx context.Context) (prior node.Sealed, known bool, err error) {
+func (r *run) boot(ctx context.Context) error {
+	known, err := r.prior(ctx)
+	if err != nil {
+		return err
+	}
+	if known {
+		return r.rejoin(ctx)
+	}
+	return r.steps(ctx, step{"user-data", r.readUserData}, step{"metadata", r.readFacts}, step{"api-server", r.checkClock},
+		step{"cloud-api", r.readCloudFacts}, step{"request", r.request}, step{"seal", r.seal}, step{"certificate", r.collect})
+}
+
+// rejoin makes sure that a node that is sealed has a certificate. What is sealed
+// stays as it is, and the agent may act on it, whatever becomes of the certificate.
+func (r *run) rejoin(ctx context.Context) error {
+	r.ledger.confirm(r.sealed)
+	r.config, r.facts = r.sealed.Config, r.sealed.Facts
+	bad := r.checkCertificate()
+	if bad == nil {
+		return nil
+	}
+	if err := r.steps(ctx, step{"api-server", r.checkClock}); err != nil {
+		return err
+	}
+	if outOfDate(bad) { // or the clock was, which now is right
+		if bad = r.checkCertificate(); bad == nil {
+			return nil
+		}
+	}
+	if errors.Is(bad, fs.ErrNotExist) {
+		r.ledger.say("sealed already, and without a certificate: asking for one")
+	} else {
+		r.ledger.say("kubelet's certificate cannot be used, asking for another: %v", bad)
+	}
+	return r.steps(ctx, step{"user-data", r.readToken}, step{"request", r.request}, step{"certificate", r.collect})
+}
+
+// readToken takes nothing but the bootstrap token from user-data.
+func (r *run) readToken(ctx context.Context) error {
+	if err := r.readUserData(ctx); err != nil {
+		return err
+	}
+	token := r.config.Cluster.BootstrapToken
+	r.config = r.sealed.Config
+	r.config.Cluster.BootstrapToken = token
+	return nil
+}
+
+// prior reads the configuration that is sealed already, and reports whether it is
+// this instance's. Another instance's, which came with an image, is moved aside.
+func (r *run) prior(ctx context.Context) (known bool, err error) {
 	err = r.ledger.step("sealed", func() error {
-		if prior, err = r.readSealed(); errors.Is(err, fs.ErrNotExist) {
-			return nil
-		} else if err != nil {
-			r.Log.Warn("sealed configuration is not used", "err", err)
+		s, damaged := r.readSealed()
+		if errors.Is(damaged, fs.ErrNotExist) {
 			return nil
 		}
-		if known, err = r.isOurs(ctx, prior); err != nil || known {
+		if damaged != nil {
+			r.Log.Warn("sealed configuration is not used", "err", damaged)
+			if s.Facts.InstanceID == "" {
+				return nil // nobody knows whose it was
+			}
+		}
+		ours, err := r.isOurs(ctx, s)
+		switch {
+		case err != nil:
 			return err
+		case !ours:
+			from := s.Facts.InstanceID
+			r.ledger.say("this disk is an image of %s: what that node kept is moved aside", from)
+			return r.moveAside(from)
+		case damaged == nil:
+			known, r.sealed = true, s
 		}
-		from := prior.Facts.InstanceID
-		r.ledger.say("this disk is an image of %s: what that node kept is moved aside", from)
-		prior = node.Sealed{}
-		return r.moveAside(from)
+		return nil
 	})
-	return prior, known, err
+	return known, err
 }
 
 // identityWait is how long a reboot waits for the metadata service before it
@@ -236,6 +278,11 @@ func (r *run) readUserData(ctx context.Context) error {
 func (r *run) readFacts(ctx context.Context) error {
 	err := r.until(ctx, metadataTimeout, func(ctx context.Context) (err error) {
 		r.facts, err = r.Metadata.Facts(ctx)
+		if host := r.facts.Hostname; err == nil && r.config.Node.NameFrom == node.NameFromHostname && (host == "" || strings.HasPrefix(host, "localhost")) {
+			return &node.Error{Class: node.ClassWaiting, Reason: ReasonUnnamed,
+				Fix: "cloud-init sets it (cloud-init status --long); or set node.nameFrom to privateIP",
+				Err: fmt.Errorf("node.nameFrom hostname: the host name is still %q, the image's", host)}
+		}
 		return silent(err)
 	})
 	if err != nil || r.config.Kind == "" {
@@ -249,10 +296,11 @@ func (r *run) readFacts(ctx context.Context) error {
 	return nil
 }
 
-// silent says of an error of the metadata service what it means here.
+// silent says of an error of the metadata service what it means here, unless it
+// is one that time does not mend.
 func silent(err error) error {
-	if err == nil {
-		return nil
+	if err == nil || node.ClassOf(err) == node.ClassTerminal {
+		return err
 	}
 	return &node.Error{Class: node.ClassWaiting, Reason: ReasonMetadataSilent,
 		Fix: "if it lasts: check this node's route and firewall to 169.254.0.23, then ask Tencent Cloud", Err: err}

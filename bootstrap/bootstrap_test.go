@@ -312,7 +312,7 @@ func TestFirstBoot(t *testing.T) {
 
 		"apiserver-unreachable": {
 			set:  func(s *stage) { s.refuseDial = s.until(90*time.Second, refused) },
-			took: [2]time.Duration{90 * time.Second, 93 * time.Second},
+			took: [2]time.Duration{90 * time.Second, 90*time.Second + laterPause},
 		},
 		"apiserver-slow": {
 			set: func(s *stage) {

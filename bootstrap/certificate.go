@@ -29,6 +29,9 @@ func (r *run) writeCertificate(chain []byte, key *ecdsa.PrivateKey, now time.Tim
 	if err := os.MkdirAll(r.path(node.KubeletPKI), 0o755); err != nil {
 		return err
 	}
+	if err := r.sweep(); err != nil {
+		return err
+	}
 	file := now.Format("kubelet-client-2006-01-02-15-04-05.pem")
 	if err := writeFile(filepath.Join(r.path(node.KubeletPKI), file), pair, 0o600); err != nil {
 		return err
@@ -36,20 +39,34 @@ func (r *run) writeCertificate(chain []byte, key *ecdsa.PrivateKey, now time.Tim
 	return replaceLink(file, r.path(node.ClientCertPath))
 }
 
-// certificateGood reports whether the node has a certificate to go on with. When
-// it has not, another is asked for, and whether that works is for the token to say.
-func (r *run) certificateGood(s node.Sealed) bool {
+// sweep removes keys that were never in force: who writes one, kubelet as well,
+// makes the link to it next, so that one newer than the link's has lost its writer.
+func (r *run) sweep() error {
+	current, err := os.Readlink(r.path(node.ClientCertPath))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	files, err := filepath.Glob(filepath.Join(r.path(node.KubeletPKI), "kubelet-client-[0-9]*.pem"))
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		if filepath.Base(f) > filepath.Base(current) {
+			if err := os.Remove(f); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// checkCertificate says why the node's certificate is not one to go on with.
+func (r *run) checkCertificate() error {
 	b, err := os.ReadFile(r.path(node.ClientCertPath))
-	if err == nil {
-		err = checkPair(b, userName(s.Config.Name(s.Facts)), parseAuthority(s.Config.Cluster.CertificateAuthority), time.Now())
+	if err != nil {
+		return err
 	}
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		r.ledger.say("sealed already, and without a certificate: asking for one")
-	case err != nil:
-		r.ledger.say("kubelet's certificate cannot be used, asking for another: %v", err)
-	}
-	return err == nil
+	return checkPair(b, userName(r.config.Name(r.facts)), parseAuthority(r.config.Cluster.CertificateAuthority), time.Now())
 }
 
 // checkPair checks what kubelet's current file holds.

@@ -93,26 +93,27 @@ type join struct {
 
 // request asks for kubelet's client certificate. It is also what proves the
 // token and what it may do.
-func (r *run) request(ctx context.Context) (*join, error) {
+func (r *run) request(ctx context.Context) error {
 	api, err := r.newAPIServer(false)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	j := &join{api: api}
 	if j.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
-		return nil, fmt.Errorf("make key: %w", err)
+		return fmt.Errorf("make key: %w", err)
 	}
 	if err := j.fill(userName(r.config.Name(r.facts))); err != nil {
-		return nil, err
+		return err
 	}
-	refused := refusals{api: j.api}
+	refused := refusals{api: j.api, what: "ask for a certificate"}
 	err = r.until(ctx, apiTimeout, func(ctx context.Context) error { return refused.judge(j.post(ctx)) })
 	if err != nil {
 		j.api.close()
-		return nil, err
+		return err
 	}
 	r.ledger.say("asked for a certificate: %s", j.request.Metadata.Name)
-	return j, nil
+	r.join = j
+	return nil
 }
 
 func userName(nodeName string) string { return "system:node:" + nodeName }
@@ -154,6 +155,7 @@ const refusalGrace = 15 * time.Second
 // refusals judges the answers to one request over time.
 type refusals struct {
 	api   *apiServer
+	what  string    // the token is used for
 	since time.Time // of the first of those that may pass
 }
 
@@ -169,7 +171,7 @@ func (s *refusals) judge(err error) error {
 			fmt.Errorf("API server %s does not accept bootstrap token %s.…: %w", s.api.endpoint, id, e))
 	case e.code == http.StatusForbidden:
 		return s.final(ReasonForbidden, "kubectl create clusterrolebinding tkenode-bootstrap --clusterrole=system:node-bootstrapper --group=system:bootstrappers",
-			fmt.Errorf("API server %s does not let bootstrap token %s.… ask for a certificate: %w", s.api.endpoint, id, e))
+			fmt.Errorf("API server %s does not let bootstrap token %s.… %s: %w", s.api.endpoint, id, s.what, e))
 	case e.code == http.StatusTooManyRequests, e.code == http.StatusNotFound, e.code >= 500:
 		return s.api.ailing(e)
 	}
@@ -189,10 +191,11 @@ func (s *refusals) final(reason, fix string, err error) error {
 }
 
 // collect waits for the certificate and stores it where kubelet looks.
-func (r *run) collect(ctx context.Context, j *join) error {
+func (r *run) collect(ctx context.Context) error {
+	j := r.join
 	defer j.api.close()
 	var chain []byte
-	refused := refusals{api: j.api}
+	refused := refusals{api: j.api, what: "read certificate request " + j.request.Metadata.Name}
 	err := r.until(ctx, apiTimeout, func(ctx context.Context) (err error) {
 		chain, err = j.fetch(ctx)
 		return refused.judge(err)

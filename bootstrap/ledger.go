@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/tkenode/tkenode/agent/node"
 )
@@ -35,7 +36,7 @@ type ledger struct {
 
 func newLedger(o Options) *ledger {
 	l := &ledger{o: o, file: filepath.Join("/", o.Root, node.ReportFile)}
-	l.report.Steps = []node.ReportStep{}
+	l.report.Steps, l.report.PID = []node.ReportStep{}, os.Getpid()
 	if err := os.MkdirAll(filepath.Dir(l.file), 0o755); err != nil {
 		o.Log.Error("report is not written", "err", err)
 	}
@@ -45,8 +46,19 @@ func newLedger(o Options) *ledger {
 // say writes one line for humans.
 func (l *ledger) say(format string, args ...any) {
 	for line := range strings.Lines(fmt.Sprintf(format, args...)) {
-		fmt.Fprintf(l.o.Console, "tkenode: %s\n", strings.TrimSuffix(line, "\n"))
+		fmt.Fprintf(l.o.Console, "tkenode: %s\n", clean(strings.TrimSuffix(line, "\n")))
 	}
+}
+
+// clean replaces what could drive the terminal that shows a text: servers and
+// users have a say in it.
+func clean(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r != '\n' && !unicode.IsPrint(r) {
+			return '�'
+		}
+		return r
+	}, text)
 }
 
 // step carries out one step, and enters it.
@@ -68,7 +80,7 @@ func (l *ledger) enter(phase string, since time.Time, err error) {
 	l.report.Phase, l.report.Since = phase, since
 	l.report.Class, l.report.Reason, l.report.Message = "", "", ""
 	if err != nil {
-		l.report.Class, l.report.Reason, l.report.Message = node.ClassOf(err).String(), node.ReasonOf(err, ReasonState), err.Error()
+		l.report.Class, l.report.Reason, l.report.Message = node.ClassOf(err).String(), node.ReasonOf(err, ReasonState), clean(err.Error())
 	}
 	l.write()
 }

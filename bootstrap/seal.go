@@ -1,6 +1,8 @@
 package bootstrap
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -14,18 +16,21 @@ import (
 )
 
 // readSealed returns the generation in force; the error is fs.ErrNotExist when
-// nothing is.
+// nothing is. Of a damaged one it returns what can be read.
 func (r *run) readSealed() (node.Sealed, error) {
 	b, err := os.ReadFile(r.path(node.SealedPath))
 	if err != nil {
 		return node.Sealed{}, err
 	}
-	return node.DecodeSealed(b)
+	s, err := node.DecodeSealed(b)
+	if err != nil && json.Unmarshal(b, &s) != nil {
+		s = node.Sealed{}
+	}
+	return s, err
 }
 
-// seal writes the next generation, unless prior says the same already. From here
-// on the agent acts.
-func (r *run) seal(prior node.Sealed) error {
+// seal writes the next generation. From here on the agent acts.
+func (r *run) seal(context.Context) error {
 	last, err := r.generationInForce()
 	if err != nil {
 		return unusable(err)
@@ -34,9 +39,7 @@ func (r *run) seal(prior node.Sealed) error {
 		return err
 	}
 	r.sealed.Machine = r.machine()
-	if r.sealed.Digest == prior.Digest {
-		r.sealed = prior
-	} else if err := r.writeSealed(); err != nil {
+	if err := r.writeSealed(); err != nil {
 		return unusable(err)
 	}
 	r.ledger.confirm(r.sealed)
@@ -117,7 +120,9 @@ func unusable(err error) error {
 // writeFile puts data at path, which then has all of it or what it had before,
 // whenever the power fails.
 func writeFile(path string, data []byte, mode fs.FileMode) error {
-	temp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
+	// The same for every file: what a writer that was killed has left, which may be
+	// a key, goes with the next.
+	temp := filepath.Join(filepath.Dir(path), ".bootstrap.new")
 	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, mode)
 	if err != nil {
 		return err

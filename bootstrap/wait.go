@@ -16,13 +16,21 @@ const (
 	apiTimeout      = 10 * time.Second
 	firstPause      = 200 * time.Millisecond
 	longestPause    = 2 * time.Second
+	// What has not come after a minute may not come for hours, and the whole fleet
+	// may be asking.
+	patience   = time.Minute
+	laterPause = 20 * time.Second
 )
 
 // until calls try until it succeeds, fails for good, or ctx ends, and says from
 // time to time what is waited for.
 func (r *run) until(ctx context.Context, timeout time.Duration, try func(context.Context) error) (err error) {
 	defer func() { r.ledger.waited(err) }()
-	for pause := firstPause; ; pause = min(2*pause, longestPause) {
+	longest, began := longestPause, time.Now()
+	for pause := firstPause; ; pause = min(2*pause, longest) {
+		if time.Since(began) > patience {
+			longest = laterPause
+		}
 		attempt, cancel := context.WithTimeout(ctx, timeout)
 		err = try(attempt)
 		cancel()

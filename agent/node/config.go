@@ -1,6 +1,9 @@
 package node
 
-import "net/netip"
+import (
+	"net/netip"
+	"strings"
+)
 
 // The one version of the NodeConfig document so far.
 const (
@@ -175,7 +178,7 @@ func (c Config) Name(f Facts) string {
 	case NameFromInstanceID:
 		return f.InstanceID
 	case NameFromHostname:
-		return f.Hostname
+		return strings.ToLower(f.Hostname) // as kubelet does
 	default:
 		return f.PrivateIP.String()
 	}

@@ -9,6 +9,7 @@ const ReportFile = "/run/tkenode/bootstrap.json"
 // Report is bootstrap's account of itself, rewritten at every step.
 type Report struct {
 	Phase   string       `json:"phase"` // the step it is at, or stopped at
+	PID     int          `json:"pid"`   // of the process that writes it
 	Done    bool         `json:"done"`  // everything is as it should be; bootstrap has ended
 	Class   string       `json:"class,omitempty"`
 	Reason  string       `json:"reason,omitempty"`
