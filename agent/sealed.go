@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"time"
 
 	"github.com/tkenode/tkenode/agent/node"
@@ -73,6 +75,9 @@ func unsealed(path string) (reason, message string) {
 		return "BootstrapNotStarted", "bootstrap has not begun; systemctl status tkenode-bootstrap"
 	case err != nil:
 		return "BootstrapUnknown", err.Error()
+	case !r.Done && r.Class != node.ClassTerminal.String() && syscall.Kill(r.PID, 0) == syscall.ESRCH:
+		return "BootstrapDied", strings.TrimSpace(fmt.Sprintf("bootstrap (process %d) has ended at %s without a result, and is started again after a while; systemctl status tkenode-bootstrap. %s",
+			r.PID, r.Phase, r.Message))
 	case r.Message != "":
 		return r.Reason, r.Message
 	default:
