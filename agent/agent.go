@@ -48,6 +48,7 @@ type Agent struct {
 	options Options
 	log     *slog.Logger
 	board   *reconcile.Board
+	socket  string // api.Socket
 	ledger  ledger
 	sealed  atomic.Pointer[node.Sealed]
 	engine  atomic.Pointer[reconcile.Engine] // nil until a configuration is sealed
@@ -57,7 +58,7 @@ type Agent struct {
 // the node as that configuration wants it, until ctx ends. Ending takes nothing
 // down: the node goes on without the agent.
 func Run(ctx context.Context, o Options) error {
-	a := &Agent{options: o, log: o.Log, board: reconcile.NewBoard()}
+	a := &Agent{options: o, log: o.Log, board: reconcile.NewBoard(), socket: api.Socket}
 	cni, err := cniListener()
 	if err != nil {
 		return err
@@ -76,7 +77,7 @@ func Run(ctx context.Context, o Options) error {
 	}
 	collector := metrics.New(o.Log.With("module", "metrics"), a.board.Conditions)
 	spawn("socket", func(ctx context.Context) error {
-		return api.New(o.Log.With("module", "api"), a.source(collector)).Run(ctx, api.Socket)
+		return api.New(o.Log.With("module", "api"), a.source(collector)).Run(ctx, a.socket)
 	})
 	spawn("conditions", a.tell)
 	spawn("watchdog", a.watchdog)
@@ -98,29 +99,60 @@ func Run(ctx context.Context, o Options) error {
 
 // keep runs every module for the sealed configuration.
 func (a *Agent) keep(ctx context.Context, s node.Sealed, cni net.Listener, collector *metrics.Collector) error {
+	w, err := a.assemble(s)
+	if err != nil {
+		// Starting again would lead here again: say so for as long as it takes.
+		a.board.Set("bootstrap", node.ConfigSealed, node.False, node.ReasonOf(err, "Unusable"),
+			fmt.Sprintf("generation %d is sealed, but this agent cannot work with it: %v; install the version of tkenode that sealed it, or launch the instance anew", s.Generation, err))
+		<-ctx.Done()
+		return nil
+	}
+	defer w.close()
+	if len(s.Config.Disks) == 0 {
+		a.board.Set("config", node.DisksReady, node.True, "NoneWanted", "the NodeConfig lists no disks")
+	}
+	engine := reconcile.New(a.log, a.board, w.modules...)
+	a.engine.Store(engine)
+
+	// Serve ends by itself when it fails: the others have to end with it.
+	ctx, stop := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer stop()
+	wg.Go(func() { engine.Run(ctx) })
+	wg.Go(func() { collector.Push(ctx, s) })
+	return w.network.Serve(ctx, cni)
+}
+
+// works is what keeps a node of one sealed configuration.
+type works struct {
+	modules []reconcile.Module
+	network *eni.Network
+	close   func()
+}
+
+// assemble makes every module. It touches neither the node nor the network, so
+// an error of it is for good.
+func (a *Agent) assemble(s node.Sealed) (*works, error) {
 	log := func(module string) *slog.Logger { return a.log.With("module", module) }
 	files, err := a.options.Files(s.Config, s.Facts)
 	if err != nil {
-		return fmt.Errorf("render files: %w", err)
+		return nil, fmt.Errorf("render files: %w", err)
 	}
 	cloud, err := tencent.NewClient(s.Config.Cloud, s.Facts.Region, tencent.NewMetadata(""))
 	if err != nil {
-		return fmt.Errorf("reach cloud API: %w", err)
+		return nil, fmt.Errorf("reach cloud API: %w", err)
 	}
-	network := eni.New(eni.Options{Sealed: a.currentSealed, Cloud: cloud, Log: log("eni")})
-	defer network.Close()
-	bus := &unit.Systemd{}
-	defer bus.Close()
-	containerd, err := unit.NewRuntime()
-	if err != nil {
-		return fmt.Errorf("reach containerd: %w", err)
-	}
-	defer containerd.Close()
 	apiServer, err := kube.New(s.Config.Cluster.Endpoint, []byte(s.Config.Cluster.CertificateAuthority), kubeletCert)
 	if err != nil {
-		return fmt.Errorf("reach API server: %w", err)
+		return nil, fmt.Errorf("reach API server: %w", err)
 	}
-	defer apiServer.Close()
+	containerd, err := unit.NewRuntime()
+	if err != nil {
+		return nil, fmt.Errorf("reach containerd: %w", err)
+	}
+	bus := &unit.Systemd{}
+	network := eni.New(eni.Options{Sealed: a.currentSealed, Cloud: cloud, Log: log("eni")})
 	name := s.Config.Name(s.Facts)
 
 	var modules []reconcile.Module
@@ -136,12 +168,10 @@ func (a *Agent) keep(ctx context.Context, s node.Sealed, cni net.Listener, colle
 		unit.Kubelet(files, bus),
 		kube.NewReady(apiServer, name),
 	)
-	engine := reconcile.New(a.log, a.board, modules...)
-	a.engine.Store(engine)
-
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	wg.Go(func() { engine.Run(ctx) })
-	wg.Go(func() { collector.Push(ctx, s) })
-	return network.Serve(ctx, cni)
+	return &works{modules, network, func() {
+		apiServer.Close()
+		containerd.Close()
+		bus.Close()
+		network.Close()
+	}}, nil
 }

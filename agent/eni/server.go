@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sync"
 	"time"
 
@@ -51,11 +52,11 @@ func (n *Network) serve(ctx context.Context, l net.Listener, uid uint32) error {
 		case <-ctx.Done():
 			return nil
 		}
-		conn, err := l.Accept()
+		conn, err := n.accept(ctx, l)
+		if ctx.Err() != nil {
+			return nil
+		}
 		if err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
 			return fmt.Errorf("accept CNI call: %w", err)
 		}
 		calls.Go(func() {
@@ -67,6 +68,26 @@ func (n *Network) serve(ctx context.Context, l net.Listener, uid uint32) error {
 		})
 	}
 }
+
+// accept takes the next call. What only a lack of means keeps it from is tried
+// again, with a pause as net/http makes it: the socket is the node's only way to
+// a pod's network.
+func (n *Network) accept(ctx context.Context, l net.Listener) (net.Conn, error) {
+	for pause := 5 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+		conn, err := l.Accept()
+		if err == nil || !slices.ContainsFunc(scarce, func(e error) bool { return errors.Is(err, e) }) {
+			return conn, err
+		}
+		n.log.Warn("a CNI call waits", "err", err, "pause", pause)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+var scarce = []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.ECONNABORTED}
 
 // answer serves one call. It stops waiting when the caller hangs up, and hangs up
 // without an answer when ctx ends: the plugin then asks the next agent.

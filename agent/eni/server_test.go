@@ -3,6 +3,7 @@ package eni
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -12,6 +13,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tkenode/tkenode/agent/eni/cni"
 	"github.com/tkenode/tkenode/agent/node"
@@ -193,4 +196,39 @@ func FuzzRequest(f *testing.F) {
 			t.Errorf("%+v: alias %q", req, a)
 		}
 	})
+}
+
+// starved is a listener whose accepts fail until its errors are used up.
+type starved struct {
+	net.Listener
+	errs []error
+}
+
+func (l *starved) Accept() (net.Conn, error) {
+	if len(l.errs) == 0 {
+		return l.Listener.Accept()
+	}
+	err := l.errs[0]
+	l.errs = l.errs[1:]
+	return nil, &net.OpError{Op: "accept", Net: "unix", Err: os.NewSyscallError("accept4", err)}
+}
+
+func TestAcceptIsTriedAgain(t *testing.T) {
+	n := bare(t)
+	socket := filepath.Join(t.TempDir(), "cni.sock")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	errs := []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ECONNABORTED, unix.EBADF}
+	go func() { done <- n.serve(t.Context(), &starved{l, errs}, uint32(os.Getuid())) }()
+	select {
+	case err := <-done:
+		if !errors.Is(err, unix.EBADF) {
+			t.Errorf("serve ended with %v, not with the first error that does not pass", err)
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("serve goes on after an error that does not pass")
+	}
 }
