@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strings"
 	"time"
+	"unicode"
 
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -78,7 +80,7 @@ func (a *Agent) tell(ctx context.Context) error {
 			if c.Status != node.True {
 				line += ": " + c.Reason + ": " + c.Message
 			}
-			fmt.Fprintf(a.options.Console, "tkenode: %s\n", line)
+			fmt.Fprintf(a.options.Console, "tkenode: %s\n", oneLine(line))
 			told[c.Type] = c
 		}
 		status := "every condition is met"
@@ -86,8 +88,9 @@ func (a *Agent) tell(ctx context.Context) error {
 			c := conditions[i]
 			status = fmt.Sprintf("%s is %s (%s) %s", c.Type, c.Status, c.Reason, c.Message)
 		}
-		if _, err := daemon.SdNotify(false, "STATUS="+status); err != nil {
-			return fmt.Errorf("notify systemd: %w", err)
+		// It only decorates systemctl status.
+		if _, err := daemon.SdNotify(false, "STATUS="+oneLine(status)); err != nil {
+			a.log.Warn("systemctl status does not show the first unmet condition", "err", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -95,6 +98,25 @@ func (a *Agent) tell(ctx context.Context) error {
 		case <-changed:
 		}
 	}
+}
+
+// maxLine is what fits a datagram to systemd and a serial console at 115200 baud.
+const maxLine = 1 << 10
+
+// oneLine makes one line of text of what may come from anywhere: a line break
+// would begin another variable of sd_notify(3), and other control characters
+// would move a terminal's cursor.
+func oneLine(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) || r == '\u2028' || r == '\u2029' {
+			return ' '
+		}
+		return r
+	}, s) // which also replaces what is not UTF-8
+	if len(s) > maxLine {
+		s = strings.ToValidUTF8(s[:maxLine], "") + "…"
+	}
+	return s
 }
 
 // isNews reports whether a condition is to be told of after what was told last.
@@ -110,14 +132,12 @@ func isNews(told, now node.Condition, instances []reconcile.InstanceStatus) bool
 
 // watchdog says READY once the socket answers, and then feeds systemd's watchdog
 // as long as both the engine and the socket do. A module that hangs is a
-// condition, not a reason to die.
+// condition, not a reason to die: the engine answers beside it.
 func (a *Agent) watchdog(ctx context.Context) error {
 	interval, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
 		return fmt.Errorf("read watchdog interval: %w", err)
 	}
-	client := api.NewClient(api.Socket)
-	defer client.Close()
 	ready := false
 	for ctx.Err() == nil {
 		wait := interval / 3
@@ -128,13 +148,13 @@ func (a *Agent) watchdog(ctx context.Context) error {
 		if !ready {
 			state, wait = "READY=1", 50*time.Millisecond
 		}
-		if err := ask(ctx, client); err == nil {
+		if err := a.alive(ctx); err == nil {
 			if _, err := daemon.SdNotify(false, state); err != nil {
 				return fmt.Errorf("notify systemd: %w", err)
 			}
 			ready = true
 		} else if ready && ctx.Err() == nil {
-			a.log.Error("the socket does not answer, the watchdog is not fed", "err", err)
+			a.log.Error("the watchdog is not fed", "err", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -144,9 +164,18 @@ func (a *Agent) watchdog(ctx context.Context) error {
 	return nil
 }
 
-func ask(ctx context.Context, client *api.Client) error {
+// alive returns an error unless the socket accepts and answers, over a connection
+// of its own each time, and every loop of the engine turns.
+func (a *Agent) alive(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	_, err := client.Status(ctx)
-	return err
+	client := api.NewClient(a.socket)
+	defer client.Close()
+	if _, err := client.Status(ctx); err != nil {
+		return err
+	}
+	if e := a.engine.Load(); e != nil {
+		return e.Alive(ctx)
+	}
+	return nil
 }

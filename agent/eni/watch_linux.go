@@ -41,6 +41,7 @@ func watchKernel(ctx context.Context, wake func()) error {
 		}()
 	}
 	if err == nil {
+		wake() // for what has changed before
 		select {
 		case <-ctx.Done():
 			err = ctx.Err()

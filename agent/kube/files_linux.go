@@ -38,13 +38,13 @@ func watchFiles(ctx context.Context, changed func(), paths ...string) error {
 	defer f.Close()
 	before := make([]identity, len(paths))
 	buf := make([]byte, 64<<10)
-	for {
+	for first := true; ; first = false {
 		for _, p := range paths {
 			if err := watchNearest(fd, filepath.Dir(p)); err != nil {
 				return err
 			}
 		}
-		moved := false
+		moved := first // nobody tells what has changed before
 		for i, p := range paths {
 			now := identify(p)
 			moved = moved || now != before[i]

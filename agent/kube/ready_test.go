@@ -124,7 +124,7 @@ func (f *follower) expect(t *testing.T, want string) {
 	t.Helper()
 	select {
 	case <-f.woken:
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatalf("not woken for %q; the plan says %q", want, f.plan(t))
 	}
 	if got := f.plan(t); got != want {

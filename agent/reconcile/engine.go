@@ -10,6 +10,7 @@ package reconcile
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -28,9 +29,10 @@ type Module interface {
 	// Needs lists conditions without which planning makes no sense. While one is
 	// unmet the instance is blocked, which is not an error.
 	Needs() []node.ConditionType
-	// Watch calls wake whenever the world may have changed. It returns only on
-	// failure or when ctx ends; after a failure the engine starts it anew and
-	// forces a full re-plan, because whatever it watched may have lost messages.
+	// Watch calls wake once it would notice a change, since what has changed before
+	// nobody tells, and then whenever the world may have changed. It returns only
+	// on failure or when ctx ends; after a failure the engine forces a full re-plan,
+	// because whatever it watched may have lost messages, and starts it anew.
 	Watch(ctx context.Context, wake func()) error
 	// Plan observes, compares with what is wanted and mutates nothing.
 	// Plan.Again is honoured also beside an error.
@@ -101,6 +103,7 @@ func New(log *slog.Logger, board *Board, modules ...Module) *Engine {
 			log:    log.With("module", m.Name()),
 			board:  board,
 			woken:  make(chan struct{}, 1),
+			asked:  make(chan struct{}),
 		}
 		in.set(InstanceStatus{State: Starting})
 		e.instances = append(e.instances, in)
@@ -129,6 +132,19 @@ func (e *Engine) Wake(name string) bool {
 		}
 	}
 	return false
+}
+
+// Alive returns an error unless the loop of every instance takes notice before ctx
+// ends. One whose module hangs does; one that is dead does not.
+func (e *Engine) Alive(ctx context.Context) error {
+	for _, in := range e.instances {
+		select {
+		case in.asked <- struct{}{}:
+		case <-ctx.Done():
+			return fmt.Errorf("the engine's loop of %s does not turn: %w", in.Name(), ctx.Err())
+		}
+	}
+	return nil
 }
 
 // Status returns how every instance stands.

@@ -202,6 +202,39 @@ func TestLaw2FailedWatchForcesAPlan(t *testing.T) {
 	})
 }
 
+// TestLaw2ChangeBesideTheWatch changes the world while the watch rests after a
+// failure, when nobody tells.
+func TestLaw2ChangeBesideTheWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &thing{name: "a", cond: node.DisksReady}
+		down := make(chan struct{})
+		watches := 0
+		m.watch = func(ctx context.Context, wake func()) error {
+			watches++
+			wake()
+			select {
+			case <-down:
+				return errors.New("no buffer space available")
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		_, _, stop := run(t, m)
+		defer stop()
+		settle(time.Second)
+		down <- struct{}{}
+		settle(100 * time.Millisecond) // the forced plan is over, the watch rests
+		if watches != 1 {
+			t.Fatalf("%d watches: this test comes too late", watches)
+		}
+		m.set(func() { m.done = false })
+		settle(time.Second)
+		if m.set(func() {}); watches != 2 || !m.done {
+			t.Errorf("a change beside the watch is not seen (%d watches)", watches)
+		}
+	})
+}
+
 func TestLaw3WakesCoalesce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &thing{name: "a", cond: node.DisksReady}
@@ -278,6 +311,22 @@ func TestLaw4AWakeDoesNotShortenTheBackoff(t *testing.T) {
 	})
 }
 
+// TestLaw4WaitingIsNoFailure: an error after a long wait is the first one.
+func TestLaw4WaitingIsNoFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &thing{name: "a", cond: node.NetworkReady, planErr: node.Waiting("Attaching", "eni-1 is being attached")}
+		e, _, stop := run(t, m)
+		defer stop()
+		settle(10 * time.Minute)
+		m.set(func() { m.planErr = errors.New("timeout") })
+		e.Wake("a")
+		settle(50 * time.Millisecond)
+		if st := state(t, e, "a"); st.State != Failed || time.Until(st.NextTry) > backoffMin {
+			t.Errorf("%s, tried again in %s", st.State, time.Until(st.NextTry))
+		}
+	})
+}
+
 func TestLaw5DeadlineAndStuck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan struct{})
@@ -322,6 +371,34 @@ func TestLaw5TheEngineEndsBesideAHungInstance(t *testing.T) {
 			t.Errorf("the engine took %s to end", took)
 		}
 		close(release)
+	})
+}
+
+// TestLaw5Alive: a module that hangs starves nobody, a loop that is dead does.
+func TestLaw5Alive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		hung := &thing{name: "hung", cond: node.DisksReady}
+		hung.onPlan = func(context.Context) { <-release }
+		failing := &thing{name: "failing", cond: node.RuntimeReady, planErr: errors.New("timeout")}
+		blocked := &thing{name: "blocked", cond: node.KubeletReady, needs: []node.ConditionType{node.NodeJoined}}
+		idle := &thing{name: "idle", cond: node.NetworkReady}
+		e, _, stop := run(t, hung, failing, blocked, idle)
+		for range 100 {
+			settle(7 * time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			if err := e.Alive(ctx); err != nil {
+				t.Fatal(err)
+			}
+			cancel()
+		}
+		close(release)
+		stop()
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		if err := e.Alive(ctx); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "loop of hung") {
+			t.Errorf("loops that have ended: %v", err)
+		}
 	})
 }
 

@@ -18,8 +18,12 @@ type instance struct {
 	log   *slog.Logger
 	board *Board
 	woken chan struct{} // capacity 1: wakes coalesce
+	asked chan struct{} // Alive hands over to the loop, wherever it waits
 
-	failures int // consecutive; only the loop touches it
+	// Consecutive errors, and answers that something is not there yet; only the
+	// loop touches them. Waiting for long is no failure: an error after it is
+	// tried again as soon as the first.
+	failures, waits int
 
 	mu sync.Mutex // guards st
 	st InstanceStatus
@@ -54,10 +58,7 @@ func (in *instance) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		if unmet, changed := in.board.Unmet(in.Needs()...); len(unmet) > 0 {
 			in.set(InstanceStatus{State: Blocked, Reason: "Blocked", Message: blockedBy(unmet)})
-			select {
-			case <-ctx.Done():
-			case <-changed:
-			}
+			in.wait(ctx, changed)
 			continue
 		}
 		floor, ceiling := in.step(ctx)
@@ -65,11 +66,26 @@ func (in *instance) run(ctx context.Context) {
 	}
 }
 
+// wait returns when c is ready or ctx ends, and answers Alive meanwhile.
+func (in *instance) wait(ctx context.Context, c <-chan struct{}) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-c:
+			return
+		case <-in.asked:
+		}
+	}
+}
+
 // rest waits at least floor and then for a wake, at most until ceiling (zero:
 // without end), or until what the instance needs is lost.
 func (in *instance) rest(ctx context.Context, floor, ceiling time.Duration) {
 	floor = max(floor, gap)
-	sleep(ctx, floor)
+	rested, cancel := context.WithTimeout(ctx, floor)
+	in.wait(rested, nil)
+	cancel()
 	var timeout <-chan time.Time
 	if ceiling > 0 {
 		t := time.NewTimer(max(ceiling-floor, 0))
@@ -89,6 +105,7 @@ func (in *instance) rest(ctx context.Context, floor, ceiling time.Duration) {
 		case <-timeout:
 			return
 		case <-changed:
+		case <-in.asked:
 		}
 	}
 }
@@ -110,7 +127,7 @@ func (in *instance) step(ctx context.Context) (floor, ceiling time.Duration) {
 		case err != nil:
 			return in.failed(err, plan.Again)
 		case plan.Empty():
-			in.failures = 0
+			in.failures, in.waits = 0, 0
 			in.set(InstanceStatus{State: Converged, Reason: "Converged", NextTry: after(plan.Again)})
 			return 0, plan.Again
 		case round == maxRounds || repeats(applied, plan):
@@ -171,6 +188,7 @@ func (in *instance) bounded(ctx context.Context, what string, limit time.Duratio
 		select {
 		case err := <-done:
 			return err
+		case <-in.asked: // the loop lives, whatever f does
 		case <-late.C:
 			in.set(InstanceStatus{
 				State: Stuck, Reason: "Stuck",
@@ -202,19 +220,22 @@ func (in *instance) leave(ctx context.Context, what string, done <-chan error) e
 func (in *instance) failed(err error, again time.Duration) (floor, ceiling time.Duration) {
 	class := node.ClassOf(err)
 	st := InstanceStatus{State: Failed, Reason: node.ReasonOf(err, "Error"), Message: err.Error(), Class: class.String()}
-	delay := backoff(in.failures)
-	in.failures++
-	switch class {
-	case node.ClassWaiting:
+	if class == node.ClassWaiting {
 		st.State = Waiting
-		floor, ceiling = 0, min(delay, 5*time.Second)
+		floor, ceiling = 0, min(backoff(in.waits), 5*time.Second)
 		if again > 0 {
 			ceiling = again
 		}
-	case node.ClassTerminal:
-		floor, ceiling = delay, terminalRetry
-	default:
-		floor, ceiling = delay, delay
+		in.failures = 0
+		in.waits++
+	} else {
+		floor = backoff(in.failures)
+		ceiling = floor
+		if class == node.ClassTerminal {
+			ceiling = terminalRetry
+		}
+		in.failures++
+		in.waits = 0
 	}
 	st.NextTry = after(ceiling)
 	in.set(st)
