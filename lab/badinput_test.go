@@ -177,7 +177,7 @@ var badInputs = []badInput{
 	{
 		name: "disk with data",
 		disk: func(t *testing.T, path string) {
-			if err := os.WriteFile(path, append(make([]byte, 40<<20), "a table space"...), 0o600); err != nil {
+			if err := os.WriteFile(path, append(make([]byte, 37<<20+5), "a table space"...), 0o600); err != nil {
 				t.Fatal(err)
 			}
 			if err := os.Truncate(path, 64<<20); err != nil {
@@ -185,7 +185,7 @@ var badInputs = []badInput{
 			}
 		},
 		condition: node.DisksReady, reason: "Foreign",
-		want: []string{"disk-* (/dev/vd*, 1 GiB) is not blank and not tkenode's: it holds data that no known signature explains, first non-zero bytes at 41943040: 61207461626c65207370616365000000" + foreignFix},
+		want: []string{"disk-* (/dev/vd*, 1 GiB) is not blank and not tkenode's: it holds data that no known signature explains, non-zero bytes at 38797317: 61207461626c65207370616365000000" + foreignFix},
 	},
 	{
 		name:   "clock two hours ahead",

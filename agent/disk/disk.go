@@ -1,9 +1,13 @@
 // Package disk keeps the CBS data disks of a NodeConfig mounted: it finds each
-// disk by its live serial, formats it if and only if it is provably blank, and
+// disk by its live serial, formats it if and only if it is found blank, and
 // mounts it.
 //
-// It never formats a disk that holds anything, nor one of which any part could
-// not be read; it does not partition, resize, check or unmount, and it leaves the
+// It never formats a disk on which it finds anything, nor one of which any read
+// failed. A disk of up to 1 GiB is read in full. Of a larger one both ends, every
+// place at which a known format keeps a superblock, and a block in each of 4096
+// strata are read: data that lies in few places and begins at neither end can
+// be missed. What the cloud says of the disk's age, and full reads of large disks
+// beside everything else, are to close that gap. The package does not partition, resize, check or unmount, and it leaves the
 // disks of the CSI driver alone. A disk that it may not touch is described, with
 // the evidence, and left for a human.
 package disk
@@ -12,9 +16,13 @@ import (
 	"context"
 	"log/slog"
 	"sync"
+	"time"
 
 	"github.com/tkenode/tkenode/agent/node"
 )
+
+// settlePoll is how often is looked whether udev has settled.
+const settlePoll = 100 * time.Millisecond
 
 // Disk is one disk of the NodeConfig. It satisfies reconcile.Module.
 type Disk struct {
@@ -58,6 +66,9 @@ func (d *Disk) Plan(ctx context.Context) (node.Plan, error) {
 		return p, err
 	}
 	steps, err := decide(d.want, have)
+	if node.ReasonOf(err, "") == "Settling" {
+		p.Again = settlePoll // nothing tells when udev is done
+	}
 	for _, s := range steps {
 		p.Add(func(ctx context.Context) error { return d.do(ctx, s.verb) }, "%s", s.text)
 	}
@@ -79,7 +90,7 @@ func (d *Disk) do(ctx context.Context, v verb) error {
 		return err
 	}
 	if v == format {
-		have.Content.Blank = true // prove finds out, and reads everything anyway
+		have.Content.Blank = true // prove finds out
 	}
 	steps, err := decide(d.want, have)
 	if err != nil {

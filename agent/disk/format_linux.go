@@ -59,7 +59,7 @@ func (d *Disk) format(ctx context.Context, dev device, past entry) error {
 }
 
 // prove returns a permit if dev is the right disk, used by nobody, and reads as
-// zero wherever it is read. The disk is claimed exclusively while it is read.
+// zero wherever inspect reads it. The disk is claimed exclusively while it is read.
 func (d *Disk) prove(ctx context.Context, dev device, past entry) (_ *permit, err error) {
 	disk, err := d.open(dev, unix.O_RDWR)
 	if err != nil {
@@ -86,8 +86,11 @@ func (d *Disk) prove(ctx context.Context, dev device, past entry) (_ *permit, er
 	if err := d.same(dev); err != nil {
 		return nil, err
 	}
-	if !c.Blank {
-		return nil, fmt.Errorf("prove %s blank: it holds %s", dev, c)
+	switch {
+	case c.Unreadable != "":
+		return nil, fmt.Errorf("prove %s blank: %s", dev, c.Unreadable)
+	case !c.Blank: // of a large disk the plan has sampled other places
+		return nil, foreign(dev, c)
 	}
 	uuid := past.UUID
 	if uuid == "" {

@@ -21,8 +21,14 @@ import (
 func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
 	var have observed
 	var err error
-	if have.Ledger, err = d.ledger.read(); err != nil {
+	// A disk that is mounted needs no ledger.
+	have.Ledger, have.ledgerErr = d.ledger.read()
+	if have.Link, err = link(d.want.MountPoint); err != nil {
 		return have, err
+	}
+	// Source: systemd src/udev/udevadm-settle.c
+	if _, err := os.Lstat("/run/udev/queue"); err == nil {
+		have.Settling = true
 	}
 	if have.Devices, err = devices(d.sys); err != nil {
 		return have, err
@@ -37,11 +43,30 @@ func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
 	if err != nil {
 		return have, nil // decide says it again
 	}
-	if _, ok := have.at(d.want.MountPoint); ok || !content || unused(dev, have) != nil {
+	if _, ok := have.at(d.want.MountPoint); ok || !content || have.ledgerErr != nil || unused(dev, have) != nil {
 		return have, nil
 	}
 	have.Content, err = d.look(ctx, dev)
 	return have, err
+}
+
+// link returns where path leads if a part of it is a symbolic link, else nothing.
+// The kernel would mount at the one and list the mount at the other.
+func link(path string) (string, error) {
+	path = filepath.Clean(path)
+	for at, below := path, ""; ; at, below = filepath.Dir(at), filepath.Join(filepath.Base(at), below) {
+		real, err := filepath.EvalSymlinks(at)
+		if errors.Is(err, fs.ErrNotExist) && at != "/" {
+			continue // it will be made
+		}
+		if err != nil {
+			return "", fmt.Errorf("resolve mount point %s: %w", path, err)
+		}
+		if real = filepath.Join(real, below); real == path {
+			real = ""
+		}
+		return real, nil
+	}
 }
 
 // look reads the content of dev, past the page cache.

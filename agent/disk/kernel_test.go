@@ -187,7 +187,7 @@ func TestKernelForeignIsLeftAlone(t *testing.T) {
 	for name, prepare := range map[string]func(file string){
 		"ext4":     func(f string) { run(t, "mkfs.ext4", "-q", f) },
 		"xfs":      func(f string) { run(t, "mkfs.xfs", "-q", f) },
-		"one byte": func(f string) { poke(t, f, 12345678, 1) },
+		"one byte": func(f string) { poke(t, f, 37<<20+5, 1) },
 		"last":     func(f string) { poke(t, f, 400<<20-1, 1) },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -236,9 +236,10 @@ func TestKernelChangedBeforeFormat(t *testing.T) {
 			t.Cleanup(func() { f.Close() })
 		},
 		"mounted elsewhere": func(t *testing.T, b *bench) {
-			run(t, "mkfs.ext4", "-q", "/dev/"+b.loop)
+			// Nothing may be left for the kernel to write by itself.
+			run(t, "mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", "/dev/"+b.loop)
 			dir := t.TempDir()
-			run(t, "mount", "/dev/"+b.loop, dir)
+			run(t, "mount", "-o", "ro", "/dev/"+b.loop, dir)
 			t.Cleanup(func() { unix.Unmount(dir, 0) })
 		},
 		"damaged ledger": func(t *testing.T, b *bench) {
@@ -303,16 +304,25 @@ func TestKernelWatch(t *testing.T) {
 	}
 	next("a uevent")
 	drain()
+	// Somebody else's mounts wake nobody. Uevents are the whole machine's, so one
+	// try may be disturbed; not every one.
 	other := t.TempDir()
-	if err := unix.Mount("tmpfs", other, "tmpfs", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Unmount(other, 0); err != nil {
-		t.Fatal(err)
-	}
-	time.Sleep(50 * time.Millisecond)
-	if n := len(woken); n > 0 {
-		t.Errorf("woken %d times by somebody else's mount", n)
+	for try := 0; ; try++ {
+		drain()
+		if err := unix.Mount("tmpfs", other, "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Unmount(other, 0); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(50 * time.Millisecond)
+		n := len(woken)
+		if n == 0 {
+			break
+		}
+		if try == 20 {
+			t.Fatalf("woken by somebody else's mount, %d times", n)
+		}
 	}
 	cancel()
 	select {

@@ -46,8 +46,8 @@ func (e entry) valid(id string) error {
 	return nil
 }
 
-// read returns every entry. A damaged one is a terminal error: without it
-// nobody knows whether the disk has been used before.
+// read returns every entry. A damaged one is left out and a terminal error:
+// without it nobody knows whether the disk has been used before.
 func (l ledger) read() (map[string]entry, error) {
 	files, err := os.ReadDir(string(l))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -57,6 +57,7 @@ func (l ledger) read() (map[string]entry, error) {
 		return nil, fmt.Errorf("read disk ledger: %w", err)
 	}
 	entries := map[string]entry{}
+	var damage error
 	for _, f := range files {
 		id, ok := strings.CutSuffix(f.Name(), ".json")
 		if !ok {
@@ -69,13 +70,14 @@ func (l ledger) read() (map[string]entry, error) {
 		}
 		e, err := decodeEntry(id, b)
 		if err != nil {
-			return nil, node.Terminal("LedgerDamaged",
+			damage = node.Terminal("LedgerDamaged",
 				fmt.Sprintf("nothing is formatted while it is unreadable; remove it if %s may be treated as never seen", id),
 				fmt.Errorf("read disk ledger %s: %w", path, err))
+			continue
 		}
 		entries[id] = e
 	}
-	return entries, nil
+	return entries, damage
 }
 
 func decodeEntry(id string, b []byte) (entry, error) {
@@ -99,6 +101,9 @@ func (l ledger) write(e entry) error {
 		return fmt.Errorf("encode disk ledger: %w", err)
 	}
 	if err := os.MkdirAll(string(l), 0o700); err != nil {
+		return fmt.Errorf("write disk ledger: %w", err)
+	}
+	if err := syncDir(filepath.Dir(string(l))); err != nil {
 		return fmt.Errorf("write disk ledger: %w", err)
 	}
 	path := filepath.Join(string(l), e.DiskID+".json")

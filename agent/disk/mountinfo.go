@@ -17,8 +17,12 @@ func parseMountinfo(text string) ([]mount, error) {
 		if !ok || len(l) < 6 || len(r) < 3 {
 			return nil, fmt.Errorf("read mountinfo: unexpected line %q", line)
 		}
+		subdir := unescape(l[3])
+		if subdir == "/" {
+			subdir = ""
+		}
 		all = append(all, mount{
-			Dev: l[2], Target: unescape(l[4]), FSType: r[0], Source: unescape(r[1]),
+			Dev: l[2], Subdir: subdir, Target: unescape(l[4]), FSType: r[0], Source: unescape(r[1]),
 			ReadOnly: readOnly(l[5]) || readOnly(r[2]),
 		})
 	}

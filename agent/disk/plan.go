@@ -1,6 +1,7 @@
 package disk
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"regexp"
@@ -17,6 +18,11 @@ type observed struct {
 	Swaps   []string         `json:"swaps,omitempty"`  // names of devices: vdb, vdb1
 	Ledger  map[string]entry `json:"ledger,omitempty"` // by disk id
 	Content content          `json:"content,omitzero"` // of the wanted disk, unless it is mounted
+	// Link is where the mount point leads if a part of it is a symbolic link.
+	Link string `json:"link,omitempty"`
+	// Settling says that udev is at work: there may be devices that are not seen yet.
+	Settling  bool  `json:"settling,omitempty"`
+	ledgerErr error // why Ledger is not complete; nil: it is
 }
 
 // device is a whole block device with a serial attribute.
@@ -43,6 +49,7 @@ type mount struct {
 	Target string `json:"target"`
 	FSType string `json:"fsType"`
 	Source string `json:"source,omitempty"`
+	Subdir string `json:"subdir,omitempty"` // of the file system that is mounted; empty: all of it
 	// ReadOnly is true if the mount or its file system is, as ext4 makes itself
 	// after an error.
 	ReadOnly bool `json:"readOnly,omitempty"`
@@ -53,8 +60,10 @@ type content struct {
 	// Unreadable is the first read error. Nothing else is known then.
 	Unreadable string `json:"unreadable,omitempty"`
 	// Busy says that another program holds the disk's lock.
-	Busy  bool `json:"busy,omitempty"`
+	Busy bool `json:"busy,omitempty"`
+	// Blank says that all that was read is zero, Whole that it is all there is.
 	Blank bool `json:"blank,omitempty"`
+	Whole bool `json:"whole,omitempty"`
 	// Signatures names everything recognised; UUID and Label are those of the
 	// file system if there is exactly one signature and it is ext4 or xfs.
 	Signatures []string `json:"signatures,omitempty"`
@@ -84,6 +93,14 @@ func (c content) String() string {
 	return b.String()
 }
 
+// proof says what the blankness of a disk rests on.
+func (c content) proof() string {
+	if c.Whole {
+		return "all of it was read and is zero"
+	}
+	return fmt.Sprintf("both ends, the places of superblocks and %d blocks all over it were read and are zero", strata)
+}
+
 type verb string
 
 const (
@@ -99,12 +116,19 @@ type step struct {
 
 // decide returns what has to be done to the wanted disk, or why nothing may be.
 func decide(want node.DiskConfig, have observed) ([]step, error) {
+	if have.Link != "" {
+		return nil, node.Terminal("MountPointIsLink", fmt.Sprintf("set disks[].mountPoint: %s in the NodeConfig, or make it a directory", have.Link),
+			fmt.Errorf("%s leads to %s by a symbolic link", want.MountPoint, have.Link))
+	}
 	dev, err := bind(want, have)
 	if err != nil {
-		return nil, err
+		return nil, cmp.Or(have.ledgerErr, err)
 	}
 	if m, ok := have.at(want.MountPoint); ok {
 		return nil, mounted(dev, m)
+	}
+	if have.ledgerErr != nil {
+		return nil, have.ledgerErr
 	}
 	if err := unused(dev, have); err != nil {
 		return nil, err
@@ -174,6 +198,9 @@ func onlyDataDisk(want node.DiskConfig, have observed) (string, error) {
 	}
 	switch len(found) {
 	case 1:
+		if have.Settling {
+			return "", node.Waiting("Settling", "%s is the only data disk so far, and udev is still at work", found[0])
+		}
 		return found[0].Serial, nil
 	case 0:
 		return "", node.Waiting("Absent", "no data disk is attached; one is wanted for %s", want.MountPoint)
@@ -189,6 +216,9 @@ func mounted(dev device, m mount) error {
 	case m.Dev != dev.Dev:
 		return node.Terminal("MountPointBusy", fmt.Sprintf("unmount it; tkenode then mounts %s there", dev.Serial),
 			fmt.Errorf("%s carries a mount of %s (%s, device %s), not of %s", m.Target, m.Source, m.FSType, m.Dev, dev))
+	case m.Subdir != "":
+		return node.Terminal("MountPointBusy", fmt.Sprintf("unmount it; tkenode then mounts %s there", dev.Serial),
+			fmt.Errorf("%s carries the directory %s of %s, not all of it", m.Target, m.Subdir, dev))
 	case m.ReadOnly:
 		return node.Terminal("ReadonlyFilesystem", "look for the cause with `dmesg`, then drain and reboot the node",
 			fmt.Errorf("%s is mounted read-only on %s", dev, m.Target))
@@ -236,7 +266,7 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 		return nil, node.Terminal("Lost", fmt.Sprintf("if its data may be lost, remove %s.json from tkenode's disk ledger", dev.Serial),
 			fmt.Errorf("%s reads as blank, but was formatted on %s (uuid %s)", dev, past.At.Format("2006-01-02 15:04:05Z"), past.UUID))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
-		return []step{{format, fmt.Sprintf("format %s with %s: every byte read is zero", dev, fs)}, mount}, nil
+		return []step{{format, fmt.Sprintf("format %s with %s: %s", dev, fs, c.proof())}, mount}, nil
 	case one && c.UUID != "" && (c.UUID == past.UUID || c.Label == label(dev.Serial)):
 		if c.Signatures[0] != fs {
 			return nil, node.Terminal("WrongFileSystem", fmt.Sprintf("set fileSystem: %s in the NodeConfig", c.Signatures[0]),
@@ -253,7 +283,11 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 	if len(dev.Partitions) > 0 {
 		c.Signatures = append([]string{"partitions"}, c.Signatures...)
 	}
-	return nil, node.Terminal("Foreign", eraseIt, fmt.Errorf("%s is not blank and not tkenode's: it holds %s; nothing was written", dev, c))
+	return nil, foreign(dev, c)
+}
+
+func foreign(dev device, c content) error {
+	return node.Terminal("Foreign", eraseIt, fmt.Errorf("%s is not blank and not tkenode's: it holds %s; nothing was written", dev, c))
 }
 
 const eraseIt = "name another disk in the NodeConfig, or save what you need and attach a blank disk"

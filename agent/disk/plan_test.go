@@ -3,6 +3,7 @@ package disk
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -50,6 +51,44 @@ func TestPlan(t *testing.T) {
 				t.Errorf("got:\n%swant:\n%s", got, want)
 			}
 		})
+	}
+}
+
+// TestDamagedLedger: nothing is done without a ledger, but a disk that is mounted
+// where it belongs needs none.
+func TestDamagedLedger(t *testing.T) {
+	damage := errors.New("damaged")
+	want := node.DiskConfig{DiskID: "disk-abc12345", FileSystem: node.Ext4, MountPoint: "/data"}
+	have := observed{
+		Devices: []device{{Name: "vdb", Dev: "253:16", Serial: want.DiskID, SizeBytes: 20 << 30}},
+		Content: content{Blank: true}, ledgerErr: damage,
+	}
+	if steps, err := decide(want, have); !errors.Is(err, damage) || len(steps) > 0 {
+		t.Errorf("not mounted: %v, %v", steps, err)
+	}
+	have.Mounts = []mount{{Dev: "253:16", Target: "/data", FSType: "ext4"}}
+	if steps, err := decide(want, have); err != nil || len(steps) > 0 {
+		t.Errorf("mounted: %v, %v", steps, err)
+	}
+}
+
+func TestLink(t *testing.T) {
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err == nil {
+		err = errors.Join(os.Mkdir(filepath.Join(dir, "real"), 0o755), os.Symlink("real", filepath.Join(dir, "ln")))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]string{
+		"real": "", "real/a/b": "", "none": "", "ln": "real", "ln/a/b": "real/a/b",
+	} {
+		if want != "" {
+			want = filepath.Join(dir, want)
+		}
+		if got, err := link(filepath.Join(dir, path)); err != nil || got != want {
+			t.Errorf("%s leads to %q, %v", path, got, err)
+		}
 	}
 }
 
