@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"strings"
@@ -111,7 +112,11 @@ func (s *Systemd) Unit(ctx context.Context, name string) (State, error) {
 	p := properties{ctx: ctx, conn: conn, unit: name}
 	st.NeedReload = value[bool](&p, "Unit", "NeedDaemonReload")
 	if st.running() {
-		st.Files = environment(value[uint32](&p, "Service", "MainPID"), digestVariable)
+		pid := value[uint32](&p, "Service", "MainPID")
+		st.Started = time.UnixMicro(int64(value[uint64](&p, "Service", "ExecMainStartTimestamp")))
+		if p.err == nil {
+			st.Files, p.err = environment(pid, digestVariable)
+		}
 		st.Up = sinceBoot() - time.Duration(value[uint64](&p, "Unit", "ActiveEnterTimestampMonotonic"))*time.Microsecond
 	} else {
 		st.Result = value[string](&p, "Service", "Result")
@@ -144,18 +149,21 @@ func value[T any](p *properties, kind, name string) (v T) {
 	return v
 }
 
-// environment returns a variable of a process, or nothing.
-func environment(pid uint32, name string) string {
+// environment returns a variable of a process, or nothing if it has none such.
+func environment(pid uint32, name string) (string, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return "", node.Waiting("Restarting", "process %d has just ended", pid)
+	}
 	if err != nil {
-		return "" // it has just ended
+		return "", fmt.Errorf("read what process %d was started with: %w", pid, err)
 	}
 	for v := range strings.SplitSeq(string(b), "\x00") {
 		if text, ok := strings.CutPrefix(v, name+"="); ok {
-			return text
+			return text, nil
 		}
 	}
-	return ""
+	return "", nil
 }
 
 func sinceBoot() time.Duration {

@@ -30,6 +30,8 @@ type file struct {
 	Exists bool        `json:"exists"`
 	Mode   fs.FileMode `json:"mode,omitempty"`
 	Data   string      `json:"data,omitempty"` // only of a regular file of the wanted size
+	// Changed is when it last was, by the file system.
+	Changed time.Time `json:"changed,omitzero"`
 }
 
 // State is what systemd says of a unit, in systemd's words.
@@ -41,6 +43,7 @@ type State struct {
 	Result     string        `json:"result,omitempty"`     // success, exit-code, signal, oom-kill, …
 	ExitStatus int           `json:"exitStatus,omitempty"` // of the main process's last run
 	Up         time.Duration `json:"up,omitempty"`         // since it became active
+	Started    time.Time     `json:"started,omitzero"`     // the main process
 	Files      string        `json:"files,omitempty"`      // digest in the environment of the main process
 	LastLog    string        `json:"lastLog,omitempty"`
 }
@@ -83,12 +86,16 @@ func decide(w want, have observed) verdict {
 	var v verdict
 	s := have.Unit
 	unitFiles := false
+	var read string // a file that the process has read as it must not be
 	for _, f := range w.files {
 		got := have.Files[f.Path]
 		if got.Exists && got.Data == string(f.Data) && got.Mode == f.Mode.Perm() {
 			continue
 		}
 		unitFiles = unitFiles || strings.HasPrefix(f.Path, systemDir+"/")
+		if len(f.Units) > 0 && got.Exists && got.Changed.Before(s.Started) {
+			read = f.Path
+		}
 		v.add(write, f, "write %s (%s)", f.Path, size(len(f.Data)))
 	}
 	// systemd finds a unit that it has not loaded yet by itself.
@@ -102,6 +109,8 @@ func decide(w want, have observed) verdict {
 		v.wait("Starting", "%s has just been started", w.unit)
 	case s.running() && s.Files != w.digest:
 		v.add(restart, node.File{}, "restart %s: it runs with other files", w.unit)
+	case s.running() && read != "":
+		v.add(restart, node.File{}, "restart %s: it was started after %s had been changed", w.unit, read)
 	case s.running():
 		if len(v.steps) == 0 {
 			v.health(w.unit, have)

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
@@ -28,7 +29,8 @@ import (
 
 const (
 	containerdSocket = "/run/containerd/containerd.sock"
-	criNamespace     = "k8s.io" // where the CRI plug-in looks for images
+	criNamespace     = "k8s.io"    // where the CRI plug-in looks for images
+	imagesAgain      = time.Minute // containerd does not tell that an image was removed
 	healthzURL       = "http://127.0.0.1:10248/healthz"
 )
 
@@ -145,6 +147,7 @@ func (m *Images) Plan(ctx context.Context) (node.Plan, error) {
 	for _, path := range missing(baked, have) {
 		p.Add(func(ctx context.Context) error { return m.rt.load(ctx, path) }, "%s", importText(path, baked))
 	}
+	p.Again = imagesAgain
 	return p, nil
 }
 

@@ -71,7 +71,7 @@ func TestProbeOfNobody(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	started := time.Now()
-	if err := rt.probe(ctx); err == nil || time.Since(started) > 5*time.Second {
+	if err := rt.probe(ctx); err == nil || time.Since(started) > 30*time.Second {
 		t.Errorf("%v after %s", err, time.Since(started))
 	}
 }

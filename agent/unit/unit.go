@@ -11,6 +11,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -18,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/tkenode/tkenode/agent/node"
@@ -87,6 +89,8 @@ func wanted(unit string, files []node.File) want {
 		Path: filepath.Join(systemDir, unit+".d", "10-tkenode.conf"),
 		Mode: 0o644,
 		Data: fmt.Appendf(nil, "[Service]\nEnvironment=%s=%s\n", digestVariable, w.digest),
+		// Not in the digest, which it holds.
+		Units: []string{unit},
 	})
 	return w
 }
@@ -213,13 +217,20 @@ func readFile(path string, size int) (file, error) {
 	case err != nil:
 		return file{}, fmt.Errorf("read %s: %w", path, err)
 	case !st.Mode().IsRegular(), st.Size() != int64(size):
-		return file{Exists: true, Mode: st.Mode().Perm()}, nil
+		return file{Exists: true, Mode: st.Mode().Perm(), Changed: changed(st)}, nil
 	}
 	b, err := os.ReadFile(path)
 	if err != nil && !os.IsNotExist(err) {
 		return file{}, fmt.Errorf("read %s: %w", path, err)
 	}
-	return file{Exists: err == nil, Mode: st.Mode().Perm(), Data: string(b)}, nil
+	return file{Exists: err == nil, Mode: st.Mode().Perm(), Changed: changed(st), Data: string(b)}, nil
+}
+
+// changed returns when a file was last written, replaced or renamed, which nobody
+// can set back.
+func changed(st fs.FileInfo) time.Time {
+	ctim := st.Sys().(*syscall.Stat_t).Ctim
+	return time.Unix(ctim.Unix())
 }
 
 // writeFile replaces a file as a whole: whoever reads it finds the old or the
@@ -229,13 +240,19 @@ func writeFile(root string, f node.File) (err error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".")
+	// Always the same name, so that what a crash leaves is overwritten; begun anew,
+	// so that it is no link and nobody has it open.
+	name := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
+	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	tmp, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
 	defer func() {
 		if err != nil {
-			os.Remove(tmp.Name())
+			os.Remove(name)
 		}
 	}()
 	if _, err := tmp.Write(f.Data); err != nil {
@@ -245,7 +262,14 @@ func writeFile(root string, f node.File) (err error) {
 	if err := firstError(tmp.Chmod(f.Mode&fs.ModePerm), tmp.Sync(), tmp.Close()); err != nil {
 		return err
 	}
-	return os.Rename(tmp.Name(), path)
+	if err := os.Rename(name, path); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return firstError(dir.Sync(), dir.Close())
 }
 
 func firstError(errs ...error) error {

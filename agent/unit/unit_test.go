@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/tkenode/tkenode/agent/node"
 )
@@ -185,6 +186,67 @@ func TestLifeOfAUnit(t *testing.T) {
 	entries, err := os.ReadDir(filepath.Join(m.root, "/etc/containerd"))
 	if err != nil || len(entries) != 2 {
 		t.Errorf("left beside the configuration: %v, %v", entries, err)
+	}
+}
+
+// TestEditThatWasRead: a daemon that somebody has restarted after an edit runs with
+// it, whatever its environment says.
+func TestEditThatWasRead(t *testing.T) {
+	m := newMachine(t)
+	converge(t, containerdOn(m, "version = 3\n"))
+	m.take()
+	s := m.unit(node.ContainerdUnit)
+	s.Started = time.Now().Add(-time.Hour)
+	edit := func(path string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(m.root, path), []byte("edited"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const config = "/etc/containerd/config.toml"
+	edit(config)
+	converge(t, containerdOn(m, "version = 3\n"))
+	if got := m.take(); got != "" {
+		t.Errorf("an edit after the start: %s", got)
+	}
+	edit("/etc/containerd/certs.d/docker.io/hosts.toml")
+	s.Started = time.Now().Add(time.Minute)
+	converge(t, containerdOn(m, "version = 3\n"))
+	if got := m.take(); got != "" {
+		t.Errorf("a file that is read at each pull: %s", got)
+	}
+	edit(config)
+	p, err := containerdOn(m, "version = 3\n").Plan(t.Context())
+	if want := "restart containerd.service: it was started after " + config + " had been changed\n"; err != nil || !strings.HasSuffix(p.String(), want) {
+		t.Errorf("%v%v", p, err)
+	}
+	converge(t, containerdOn(m, "version = 3\n"))
+	if got := m.take(); got != "restart containerd.service" {
+		t.Errorf("an edit before the start: %s", got)
+	}
+}
+
+func TestEnvironment(t *testing.T) {
+	if _, err := environment(1<<30, digestVariable); node.ClassOf(err) != node.ClassWaiting {
+		t.Errorf("of a process that has ended: %v", err)
+	}
+	if v, err := environment(uint32(os.Getpid()), "PATH"); err != nil || v == "" {
+		t.Errorf("of this one: %q, %v", v, err)
+	}
+}
+
+// TestKilledInAWrite is law 10 inside of a step: what a cut-off write leaves does
+// not add up, and is in nobody's way.
+func TestKilledInAWrite(t *testing.T) {
+	m := newMachine(t)
+	dir := filepath.Join(m.root, "/etc/containerd")
+	left := filepath.Join(dir, ".config.toml.new")
+	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(left, []byte("versi"), 0o400)); err != nil {
+		t.Fatal(err)
+	}
+	converge(t, containerdOn(m, "version = 3\n"))
+	if _, err := os.Lstat(left); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("left behind: %v", err)
 	}
 }
 
