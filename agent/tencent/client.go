@@ -11,6 +11,7 @@ import (
 	"io"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/tkenode/tkenode/agent/node"
@@ -43,7 +44,9 @@ func NewClient(cloud node.CloudConfig, region string, m *Metadata) (*Client, err
 		}
 		t.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 	}
-	return &Client{HTTP: &http.Client{Transport: t}, region: region, domain: cloud.APIDomain, metadata: m}, nil
+	// A redirect is no answer of the API, and would carry the role's token away.
+	stay := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	return &Client{HTTP: &http.Client{Transport: t, CheckRedirect: stay}, region: region, domain: cloud.APIDomain, metadata: m}, nil
 }
 
 // call makes one call of an action, and decodes its answer into out.
@@ -81,7 +84,7 @@ func (c *Client) call(ctx context.Context, service, action string, in, out any) 
 	}
 	apiErr.Service, apiErr.Action = service, action
 	if apiErr.verdict().reason == "CredentialsExpired" {
-		c.metadata.forgetCredentials(creds.SecretID)
+		c.metadata.forgetCredentials(ctx, creds.SecretID)
 	}
 	return apiErr.classed()
 }
@@ -128,10 +131,19 @@ func decodeAnswer(body []byte, out any) (*APIError, error) {
 		return nil, jsonError(err)
 	}
 	if head.Error != nil && head.Error.Code != "" {
-		return &APIError{Code: head.Error.Code, Message: head.Error.Message, RequestID: head.RequestId}, nil
+		return &APIError{Code: clip(head.Error.Code, 128), Message: clip(head.Error.Message, 1<<10), RequestID: clip(head.RequestId, 64)}, nil
 	}
 	if err := json.Unmarshal(envelope.Response, out); err != nil {
 		return nil, jsonError(err)
 	}
 	return nil, nil
+}
+
+// clip shortens what another machine wrote to n bytes or little more: it ends up
+// in conditions, logs and on the console.
+func clip(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	return strings.ToValidUTF8(s[:n], "") + "…"
 }

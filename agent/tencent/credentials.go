@@ -77,10 +77,15 @@ func (m *Metadata) Credentials(ctx context.Context) (Credentials, error) {
 	return *c.last, nil
 }
 
-// forgetCredentials drops the cached credentials if they are the given ones.
-func (m *Metadata) forgetCredentials(secretID string) {
-	m.creds.lock <- struct{}{}
-	defer func() { <-m.creds.lock }()
+// forgetCredentials drops the cached credentials if they are the given ones. When
+// ctx ends first it leaves them: the next refusal drops them.
+func (m *Metadata) forgetCredentials(ctx context.Context, secretID string) {
+	select {
+	case m.creds.lock <- struct{}{}:
+		defer func() { <-m.creds.lock }()
+	case <-ctx.Done():
+		return
+	}
 	if m.creds.last != nil && m.creds.last.SecretID == secretID {
 		m.creds.last = nil
 	}

@@ -201,9 +201,9 @@ func TestCredentialsRotate(t *testing.T) {
 		time.Sleep(credentialsRetry)
 		s.answers[key] = credentials("AKID2", expires.Add(time.Hour))
 		want("AKID2", 2)
-		m.forgetCredentials("AKID1")
+		m.forgetCredentials(t.Context(), "AKID1")
 		want("AKID2", 0)
-		m.forgetCredentials("AKID2")
+		m.forgetCredentials(t.Context(), "AKID2")
 		want("AKID2", 2)
 
 		// Expired ones are never given out.
