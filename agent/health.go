@@ -40,13 +40,13 @@ func (a *Agent) source(collector *metrics.Collector) api.Source {
 			if e := a.engine.Load(); e != nil {
 				return e.Status()
 			}
-			return nil
+			return []reconcile.InstanceStatus{}
 		},
 		Plan: func(ctx context.Context) []reconcile.InstancePlan {
 			if e := a.engine.Load(); e != nil {
 				return e.Plan(ctx)
 			}
-			return nil
+			return []reconcile.InstancePlan{}
 		},
 		Wake: func(name string) bool {
 			e := a.engine.Load()

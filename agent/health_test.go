@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"io"
 	"log/slog"
 	"net"
@@ -62,6 +63,18 @@ func TestOneLine(t *testing.T) {
 		if got := oneLine(text); got != want {
 			t.Errorf("%.40q became %.60q", text, got)
 		}
+	}
+}
+
+func TestBeforeTheSeal(t *testing.T) {
+	a := &Agent{board: reconcile.NewBoard()}
+	s := a.source(nil)
+	b, err := json.Marshal(api.Plan{Instances: s.Plan(t.Context())})
+	if err != nil || string(b) != `{"instances":[]}` || s.Instances() == nil {
+		t.Errorf("%s, %v, %v", b, s.Instances(), err)
+	}
+	if (api.Plan{}).Empty() {
+		t.Error("a plan of nothing says that the node is as it is wanted")
 	}
 }
 

@@ -71,8 +71,12 @@ type Plan struct {
 	Instances []reconcile.InstancePlan `json:"instances"`
 }
 
-// Empty reports whether every instance is as it is wanted.
+// Empty reports whether every instance is as it is wanted. Without an instance
+// nothing is known to be wanted yet.
 func (p Plan) Empty() bool {
+	if len(p.Instances) == 0 {
+		return false
+	}
 	for _, in := range p.Instances {
 		if len(in.Changes) > 0 || in.Error != "" {
 			return false

@@ -106,7 +106,7 @@ func (s *Server) wake(w http.ResponseWriter, r *http.Request) error {
 	if err := decode(w, r, &body); err != nil {
 		return err
 	}
-	var woken []string
+	woken := []string{}
 	for _, in := range s.source.Instances() {
 		if (body.Instance == "" || body.Instance == in.Name) && s.source.Wake(in.Name) {
 			woken = append(woken, in.Name)

@@ -48,6 +48,7 @@ const (
 	applyDeadline = 2 * time.Minute
 	grace         = 5 * time.Second       // after a deadline, before the instance counts as stuck
 	gap           = 20 * time.Millisecond // between two plans of one instance: wakes coalesce
+	shareFor      = time.Second           // a plan that was asked for answers others, too
 	maxRounds     = 8                     // of applying what is new before an instance counts as not converging
 	backoffMin    = 500 * time.Millisecond
 	backoffMax    = time.Minute

@@ -458,6 +458,39 @@ func TestBlockedIsNotAnError(t *testing.T) {
 	})
 }
 
+func TestPlansThatAreAskedForAreShared(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &thing{name: "a", cond: node.DisksReady, done: true}
+		e, _, stop := run(t, m)
+		defer stop()
+		settle(time.Second)
+		before := m.planned()
+		m.onPlan = func(context.Context) { sleep(t.Context(), 2*time.Second) }
+		ctx, cancel := context.WithCancel(t.Context())
+		go e.Plan(ctx)
+		settle(time.Second)
+		cancel() // the first one hangs up: the others are answered
+		var wg sync.WaitGroup
+		for range 50 {
+			wg.Go(func() {
+				if p := e.Plan(t.Context()); p[0].Error != "" || p[0].Name != "a" {
+					t.Errorf("%+v", p)
+				}
+			})
+		}
+		wg.Wait()
+		e.Plan(t.Context())
+		if n := m.planned() - before; n != 1 {
+			t.Errorf("52 questions made %d plans", n)
+		}
+		settle(2 * time.Second)
+		e.Plan(t.Context())
+		if n := m.planned() - before; n != 2 {
+			t.Errorf("a question of later was answered with what was: %d plans", n)
+		}
+	})
+}
+
 func TestPlanAgainWithoutAWake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &thing{name: "a", cond: node.NetworkReady, done: true, again: 30 * time.Second}

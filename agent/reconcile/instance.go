@@ -25,8 +25,17 @@ type instance struct {
 	// tried again as soon as the first.
 	failures, waits int
 
-	mu sync.Mutex // guards st
-	st InstanceStatus
+	mu     sync.Mutex // guards the rest
+	st     InstanceStatus
+	answer *answer // to who last asked for a plan; nil: nobody has
+}
+
+// answer is a plan that is made for everybody who asks while it is being made, and
+// for a moment after: to plan may read a disk, or call the cloud.
+type answer struct {
+	done chan struct{} // closed when the rest is there
+	plan InstancePlan
+	at   time.Time
 }
 
 func (in *instance) wake() {
@@ -261,25 +270,44 @@ func (in *instance) planNow(ctx context.Context) InstancePlan {
 		out.Error = blockedBy(unmet)
 		return out
 	}
-	type result struct {
-		plan node.Plan
-		err  error
-	}
-	done := make(chan result, 1)
-	go func() { // one that hangs in the kernel cannot be waited for
-		p, err := in.Plan(ctx)
-		done <- result{p, err}
-	}()
+	a := in.ask()
 	select {
-	case r := <-done:
-		out.Changes = texts(r.plan)
-		if r.err != nil {
-			out.Error = r.err.Error()
-		}
+	case <-a.done:
+		return a.plan
 	case <-ctx.Done():
 		out.Error = fmt.Sprintf("no answer: %v", context.Cause(ctx))
+		return out
 	}
-	return out
+}
+
+// ask returns the answer under way or one that is fresh, or has a new one made.
+func (in *instance) ask() *answer {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if a := in.answer; a != nil {
+		select {
+		case <-a.done:
+			if time.Since(a.at) < shareFor {
+				return a
+			}
+		default:
+			return a
+		}
+	}
+	a := &answer{done: make(chan struct{}), plan: InstancePlan{Name: in.Name()}}
+	in.answer = a
+	go func() { // one that hangs in the kernel cannot be waited for
+		// Not of one who asks: others wait for it as well.
+		ctx, cancel := context.WithTimeout(context.Background(), planDeadline)
+		defer cancel()
+		p, err := in.Plan(ctx)
+		a.plan.Changes, a.at = texts(p), time.Now()
+		if err != nil {
+			a.plan.Error = err.Error()
+		}
+		close(a.done)
+	}()
+	return a
 }
 
 func (in *instance) status() InstanceStatus {
