@@ -136,7 +136,9 @@ func collect(ctx context.Context, log *slog.Logger, units []*unit) []*dto.Metric
 	var out []*dto.MetricFamily
 	for i, u := range units {
 		out = append(out, results[i].families...)
-		u.report(log, results[i].err)
+		if ctx.Err() == nil { // else the reader has hung up, which is no fault of a collector
+			u.report(log, results[i].err)
+		}
 	}
 	return append(out, describe(units, results)...)
 }

@@ -80,8 +80,7 @@ func (s *sender) enqueue(b body) {
 	lost := 0
 	for s.pending > s.limit && len(s.queue) > 1 {
 		lost += s.queue[0].samples
-		s.pending -= len(s.queue[0].data)
-		s.queue = s.queue[1:]
+		s.shift()
 	}
 	s.own.pending.Set(float64(s.pending))
 	s.mu.Unlock()
@@ -92,6 +91,14 @@ func (s *sender) enqueue(b body) {
 	case s.wake <- struct{}{}:
 	default:
 	}
+}
+
+// shift removes the oldest body. Its place is cleared, since the array lives on
+// beneath the queue. The caller holds mu.
+func (s *sender) shift() {
+	s.pending -= len(s.queue[0].data)
+	s.queue[0] = body{}
+	s.queue = s.queue[1:]
 }
 
 // take returns the oldest body and leaves it in the queue.
@@ -109,8 +116,7 @@ func (s *sender) drop(b body) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.queue) > 0 && &s.queue[0].data[0] == &b.data[0] {
-		s.pending -= len(b.data)
-		s.queue = s.queue[1:]
+		s.shift()
 		s.own.pending.Set(float64(s.pending))
 	}
 }
