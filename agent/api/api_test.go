@@ -75,7 +75,7 @@ func serve(t *testing.T, s Source) string {
 			t.Errorf("the socket is left behind: %v", err)
 		}
 	})
-	for range 200 {
+	for range 6000 {
 		if c, err := net.Dial("unix", path); err == nil {
 			c.Close()
 			return path
@@ -263,7 +263,7 @@ func TestStaleSocket(t *testing.T) {
 		if _, err = c.Status(t.Context()); err == nil {
 			break
 		}
-		if i == 200 {
+		if i == 6000 {
 			t.Fatal(err)
 		}
 		time.Sleep(5 * time.Millisecond)
