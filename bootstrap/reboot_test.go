@@ -204,7 +204,10 @@ func (s *stage) cut(ctx context.Context, b *blade) (ended bool) {
 	var both io.Writer = b
 	err := Run(ctx, Options{
 		Metadata: s, Root: s.root, Dial: s.dial.Dial, Console: both, Log: slog.New(slog.NewTextHandler(both, nil)),
-		ZoneID: func(context.Context, node.Config, node.Facts) (int, error) { return 100003, nil },
+		CloudFacts: func(_ context.Context, _ node.Config, f node.Facts) (node.Facts, error) {
+			f.ZoneID, f.ENIQuota, f.IPQuota = labFacts.ZoneID, labFacts.ENIQuota, labFacts.IPQuota
+			return f, nil
+		},
 	})
 	if err != nil {
 		s.t.Fatal(err)
