@@ -20,6 +20,7 @@ import (
 func TestPoolRestsWithACronJob(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newLifeNode(t, cloud.Default())
+		n.pause = 5 * time.Second
 		if err := n.converges(time.Minute); err != nil {
 			t.Fatal(err)
 		}
@@ -253,4 +254,26 @@ func TestPoolNeverGivesBackWhatIsTaken(t *testing.T) {
 	if p, short, _ := l.allocate(Pod{Attachment: keyOf("b")}, map[int]int{0: 1500}, later.Add(time.Minute)); p.Addr.IsValid() || short.resting != 2 {
 		t.Errorf("allocated %v, %s", p.Addr, short)
 	}
+}
+
+// TestPoolAsksForTheQuotaAgain: the instance has become smaller than the ledger says.
+func TestPoolAsksForTheQuotaAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newLifeNode(t, cloud.Default())
+		if err := n.converges(time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.net.ledger.record(record{Quota: &tencent.ENILimit{ENIs: 8, IPsPerENI: 30}}); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.add(0, 20); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.converges(time.Hour); err != nil {
+			t.Fatal(err)
+		}
+		if s := n.state(); s.Quota != (tencent.ENILimit{ENIs: 4, IPsPerENI: 10}) {
+			t.Errorf("quota %+v", s.Quota)
+		}
+	})
 }

@@ -1,7 +1,9 @@
 package eni
 
 import (
+	"cmp"
 	"errors"
+	"flag"
 	"fmt"
 	"net/netip"
 	"os"
@@ -46,7 +48,7 @@ func (n *poolNode) engine(limit time.Duration, done func() bool) error {
 		case err != nil:
 			time.Sleep(time.Second)
 		case plan.Empty():
-			time.Sleep(min(plan.Again, 10*time.Second))
+			time.Sleep(min(plan.Again, cmp.Or(n.pause, time.Minute)))
 		}
 	}
 	return nil
@@ -256,7 +258,7 @@ func TestPoolLife(t *testing.T) {
 
 // TestPoolSurvivesKillsAtEveryBoundary kills the agent at every call of its whole
 // life: before it, when its intent is in the ledger; before it, when that was being
-// written; and after it.
+// written; and after it. A usual run takes one of the three for each call, in turn.
 func TestPoolSurvivesKillsAtEveryBoundary(t *testing.T) {
 	boundaries := 0
 	synctest.Test(t, func(t *testing.T) {
@@ -271,27 +273,35 @@ func TestPoolSurvivesKillsAtEveryBoundary(t *testing.T) {
 	if boundaries < 12 {
 		t.Fatalf("only %d calls", boundaries)
 	}
+	whens := []string{"before", "torn", "after"}
 	for at := 1; at <= boundaries; at++ {
-		for _, when := range []string{"before", "torn", "after"} {
+		for i, when := range whens {
+			if i != at%len(whens) && !*whole {
+				continue
+			}
 			t.Run(fmt.Sprintf("call=%d,%s", at, when), func(t *testing.T) {
 				t.Parallel()
-				synctest.Test(t, func(t *testing.T) {
-					n := newLifeNode(t, cloud.Default())
-					n.net.pool.cloud = &killer{Cloud: n.api, at: at, after: when == "after"}
-					stage, err := n.live(0)
-					if !errors.Is(err, errKilled) {
-						t.Fatalf("not killed: %v", err)
-					}
-					if when == "torn" {
-						n.tear()
-					}
-					n.restart()
-					if stage, err = n.live(stage); err != nil {
-						t.Fatalf("stage %d: %v", stage, err)
-					}
-				})
+				synctest.Test(t, func(t *testing.T) { killAt(t, at, when) })
 			})
 		}
+	}
+}
+
+var whole = flag.Bool("whole", false, "kill the pool in every way at every call, and have every call fail in every way")
+
+func killAt(t *testing.T, at int, when string) {
+	n := newLifeNode(t, cloud.Default())
+	n.net.pool.cloud = &killer{Cloud: n.api, at: at, after: when == "after"}
+	stage, err := n.live(0)
+	if !errors.Is(err, errKilled) {
+		t.Fatalf("not killed: %v", err)
+	}
+	if when == "torn" {
+		n.tear()
+	}
+	n.restart()
+	if stage, err = n.live(stage); err != nil {
+		t.Fatalf("stage %d: %v", stage, err)
 	}
 }
 
@@ -309,7 +319,8 @@ func (n *poolNode) tear() {
 }
 
 // TestPoolOutlivesFaults has the cloud fail in the pool's life in every way that is
-// known of it: no ENI and no address is lost or doubled.
+// known of it: no ENI and no address is lost or doubled. A usual run has two of the
+// four faults of each call.
 func TestPoolOutlivesFaults(t *testing.T) {
 	faults := map[string]cloud.Fault{
 		"throttle storm":     {Action: "*", Code: "RequestLimitExceeded", Times: 60},
@@ -331,12 +342,22 @@ func TestPoolOutlivesFaults(t *testing.T) {
 		"inside":             {Action: "vpc:*NetworkInterface", Code: "InternalError", Times: 12},
 		"answers lost":       {Action: "vpc:*Address*", Drop: true, Times: 12},
 	}
-	for _, action := range []string{"CreateNetworkInterface", "AttachNetworkInterface", "AssignPrivateIpAddresses",
+	for i, action := range []string{"CreateNetworkInterface", "AttachNetworkInterface", "AssignPrivateIpAddresses",
 		"UnassignPrivateIpAddresses", "DetachNetworkInterface", "DeleteNetworkInterface"} {
-		faults["answer lost to "+action] = cloud.Fault{Action: "vpc:" + action, Drop: true, Times: 2}
-		faults["vanished "+action] = cloud.Fault{Action: "vpc:" + action, Vanish: true, Times: 2}
-		faults["failed "+action] = cloud.Fault{Action: "vpc:" + action, Code: "InternalError", Times: 2}
-		faults["slow "+action] = cloud.Fault{Action: "vpc:" + action, Delay: 20 * time.Second, Times: 2}
+		for j, f := range []struct {
+			name  string
+			fault cloud.Fault
+		}{
+			{"answer lost to ", cloud.Fault{Drop: true}},
+			{"vanished ", cloud.Fault{Vanish: true}},
+			{"failed ", cloud.Fault{Code: "InternalError"}},
+			{"slow ", cloud.Fault{Delay: 20 * time.Second}},
+		} {
+			if j/2 == i%2 || *whole {
+				f.fault.Action, f.fault.Times = "vpc:"+action, 2
+				faults[f.name+action] = f.fault
+			}
+		}
 	}
 	for name, f := range faults {
 		t.Run(name, func(t *testing.T) {

@@ -65,7 +65,8 @@ type poolNode struct {
 	sealed node.Sealed
 	dir    string
 	net    *Network
-	cloud  Cloud // what the pool is given
+	cloud  Cloud         // what the pool is given
+	pause  time.Duration // the longest of the engine's; default a minute
 }
 
 func newPoolNode(t *testing.T) *poolNode { return newPoolNodeIn(t, cloud.Default()) }
