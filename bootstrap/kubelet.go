@@ -50,6 +50,15 @@ func kubeletConfig(c node.Config, f node.Facts, m Machine) map[string]any {
 		"shutdownGracePeriod":             "30s",
 		"shutdownGracePeriodCriticalPods": "10s",
 	}
+	// A default of ours must not stand beside a setting that kubelet allows only
+	// without it. Source: pkg/kubelet/apis/config/validation/validation.go
+	if c.Kubelet.Config["serializeImagePulls"] == true {
+		delete(config, "maxParallelImagePulls")
+	}
+	if c.Kubelet.Config["shutdownGracePeriodByPodPriority"] != nil {
+		delete(config, "shutdownGracePeriod")
+		delete(config, "shutdownGracePeriodCriticalPods")
+	}
 	return merge(config, c.Kubelet.Config)
 }
 

@@ -61,6 +61,20 @@ func TestRender(t *testing.T) {
 }
 
 // TestReserved: the examples of Tencent's page.
+// TestCounterparts: kubelet refuses to start with a default of ours beside the
+// setting that stands for something else.
+func TestCounterparts(t *testing.T) {
+	for setting, ours := range map[string]string{
+		"serializeImagePulls": "maxParallelImagePulls", "shutdownGracePeriodByPodPriority": "shutdownGracePeriod",
+	} {
+		with := kubeletConfig(node.Config{Kubelet: node.KubeletConfig{Config: map[string]any{setting: true}}}, labFacts, Machine{})
+		without := kubeletConfig(node.Config{}, labFacts, Machine{})
+		if with[ours] != nil || without[ours] == nil {
+			t.Errorf("%s: %v with %s, %v without", ours, with[ours], setting, without[ours])
+		}
+	}
+}
+
 func TestReserved(t *testing.T) {
 	const gib = 1 << 30
 	for _, c := range []struct {

@@ -1,6 +1,13 @@
 package nodeconfig
 
-import "strings"
+import (
+	"maps"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
 
 // kubeletFields are the fields of KubeletConfiguration v1beta1, with what each
 // holds: kubelet refuses to start with any other, which must be said before.
@@ -8,16 +15,18 @@ import "strings"
 var kubeletFields = fieldsByKind(map[string]string{
 	"text": `
 		address cgroupDriver cgroupRoot clusterDomain configMapAndSecretChangeDetectionStrategy
-		containerLogMaxSize containerLogMonitorInterval containerRuntimeEndpoint contentType
-		cpuCFSQuotaPeriod cpuManagerPolicy cpuManagerReconcilePeriod evictionPressureTransitionPeriod
-		fileCheckFrequency hairpinMode healthzBindAddress httpCheckFrequency imageMaximumGCAge
-		imageMinimumGCAge imagePullCredentialsVerificationPolicy imageServiceEndpoint kubeReservedCgroup
-		kubeletCgroups memoryManagerPolicy memoryReservationPolicy nodeStatusReportFrequency
-		nodeStatusUpdateFrequency podCIDR podLogsDir providerID reservedSystemCPUs resolvConf
-		runtimeRequestTimeout showHiddenMetricsForVersion shutdownGracePeriod
-		shutdownGracePeriodCriticalPods staticPodPath staticPodURL streamingConnectionIdleTimeout
-		syncFrequency systemCgroups systemReservedCgroup tlsCertFile tlsMinVersion tlsPrivateKeyFile
-		topologyManagerPolicy topologyManagerScope volumePluginDir volumeStatsAggPeriod`,
+		containerLogMaxSize containerRuntimeEndpoint contentType cpuManagerPolicy hairpinMode
+		healthzBindAddress imagePullCredentialsVerificationPolicy imageServiceEndpoint kubeReservedCgroup
+		kubeletCgroups memoryManagerPolicy memoryReservationPolicy podCIDR podLogsDir providerID
+		reservedSystemCPUs resolvConf showHiddenMetricsForVersion staticPodPath staticPodURL
+		systemCgroups systemReservedCgroup tlsCertFile tlsMinVersion tlsPrivateKeyFile
+		topologyManagerPolicy topologyManagerScope volumePluginDir`,
+	aDuration: `
+		containerLogMonitorInterval cpuCFSQuotaPeriod cpuManagerReconcilePeriod
+		evictionPressureTransitionPeriod fileCheckFrequency httpCheckFrequency imageMaximumGCAge
+		imageMinimumGCAge nodeStatusReportFrequency nodeStatusUpdateFrequency runtimeRequestTimeout
+		shutdownGracePeriod shutdownGracePeriodCriticalPods streamingConnectionIdleTimeout syncFrequency
+		volumeStatsAggPeriod`,
 	"a boolean": `
 		cgroupsPerQOS cpuCFSQuota enableContentionProfiling enableControllerAttachDetach
 		enableDebugFlagsHandler enableDebuggingHandlers enableProfilingHandler enableServer
@@ -25,22 +34,64 @@ var kubeletFields = fieldsByKind(map[string]string{
 		localStorageCapacityIsolation makeIPTablesUtilChains mergeDefaultEvictionSettings
 		protectKernelDefaults registerNode rotateCertificates runOnce seccompDefault serializeImagePulls
 		serverTLSBootstrap singleProcessOOMKill`,
-	"a number": `
+	"a number": `memoryThrottlingFactor`,
+	aWholeNumber: `
 		containerLogMaxFiles containerLogMaxWorkers eventBurst eventRecordQPS evictionMaxPodGracePeriod
 		healthzPort imageGCHighThresholdPercent imageGCLowThresholdPercent iptablesDropBit
 		iptablesMasqueradeBit kubeAPIBurst kubeAPIQPS maxOpenFiles maxParallelImagePulls maxPods
-		memoryThrottlingFactor nodeLeaseDurationSeconds nodeStatusMaxImages oomScoreAdj podPidsLimit
+		nodeLeaseDurationSeconds nodeStatusMaxImages oomScoreAdj podPidsLimit
 		podsPerCore port readOnlyPort registryBurst registryPullQPS`,
 	"a list": `
 		allowedUnsafeSysctls clusterDNS enforceNodeAllocatable preloadedImagesVerificationAllowlist
 		registerWithTaints reservedMemory shutdownGracePeriodByPodPriority tlsCipherSuites
 		tlsCurvePreferences`,
 	"a mapping": `
-		authentication authorization cpuManagerPolicyOptions crashLoopBackOff evictionHard
-		evictionMinimumReclaim evictionSoft evictionSoftGracePeriod featureGates kubeReserved logging
-		memorySwap qosReserved staticPodURLHeader systemReserved topologyManagerPolicyOptions tracing
+		authentication authorization crashLoopBackOff logging memorySwap staticPodURLHeader tracing
 		userNamespaces`,
+	aMappingOf("text"): `
+		cpuManagerPolicyOptions evictionHard evictionMinimumReclaim evictionSoft evictionSoftGracePeriod
+		kubeReserved qosReserved systemReserved topologyManagerPolicyOptions`,
+	aMappingOf("a boolean"): `featureGates`,
 })
+
+const (
+	aDuration    = "a duration, such as 30s"
+	aWholeNumber = "a whole number"
+)
+
+func aMappingOf(kind string) string { return "a mapping whose every value is " + kind }
+
+// misfit returns what is found instead of the kind, and where below the field; ""
+// if the value is of it.
+func misfit(value any, kind string) (found, below string) {
+	is := kindOf(value)
+	switch kind {
+	case aDuration:
+		text, ok := value.(string)
+		if _, err := time.ParseDuration(text); ok && err != nil {
+			return "the text " + quote(text), ""
+		}
+		kind = "text"
+	case aWholeNumber:
+		if n, ok := value.(float64); ok && n != math.Trunc(n) {
+			return strconv.FormatFloat(n, 'g', -1, 64), ""
+		}
+		kind = "a number"
+	case aMappingOf("text"), aMappingOf("a boolean"):
+		values, _ := value.(map[string]any)
+		of := strings.TrimPrefix(kind, aMappingOf(""))
+		for _, name := range slices.Sorted(maps.Keys(values)) {
+			if found := kindOf(values[name]); found != of {
+				return found, name
+			}
+		}
+		kind = "a mapping"
+	}
+	if is != kind {
+		return is, ""
+	}
+	return "", ""
+}
 
 func fieldsByKind(namesByKind map[string]string) map[string]string {
 	m := map[string]string{}

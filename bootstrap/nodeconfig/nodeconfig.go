@@ -26,10 +26,10 @@ const (
 
 // Problem is one thing that is wrong with a NodeConfig.
 type Problem struct {
-	Part  int    // of a MIME multipart, counted from 1; 0 when there are no parts
-	Line  int    // within the part, counted from 1; 0 when it is unknown
-	Field string // cluster.endpoint, disks[1].mountPoint; empty: the document
-	Text  string // what was found, what is expected, what to do
+	Part  int    `json:"part,omitempty"`  // of a MIME multipart, counted from 1; 0 when there are no parts
+	Line  int    `json:"line,omitempty"`  // within the part, counted from 1; 0 when it is unknown
+	Field string `json:"field,omitempty"` // cluster.endpoint, disks[1].mountPoint; empty: the document
+	Text  string `json:"text"`            // what was found, what is expected, what to do
 }
 
 func (p Problem) String() string {

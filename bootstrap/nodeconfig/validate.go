@@ -266,8 +266,12 @@ func (v *validator) kubelet(k *node.KubeletConfig) {
 		case !ok:
 			_, advice := didYouMean(name, known)
 			v.problem(field, "kubelet has no such field%s", advice)
-		case value != nil && kindOf(value) != kind:
-			v.problem(field, "found %s, expected %s", kindOf(value), kind)
+		case value != nil:
+			if found, below := misfit(value, kind); below != "" {
+				v.problem(field, "its %s: found %s, expected %s", clip(below), found, strings.TrimPrefix(kind, aMappingOf("")))
+			} else if found != "" {
+				v.problem(field, "found %s, expected %s", found, kind)
+			}
 		}
 	}
 }

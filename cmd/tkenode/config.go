@@ -59,8 +59,13 @@ var configCheckCommand = command{
 	long: `FILE is what would be given to a CVM as user-data: a NodeConfig alone, or a MIME multipart with one in
 it; - is standard input. Everything that is wrong is told, each with its line. It works on any machine. What only the node
 or its cluster can tell is not checked: whether the token is valid, or the disk blank.`,
-	flags: func(*flag.FlagSet) action {
+	flags: func(fs *flag.FlagSet) action {
+		format := output(fs)
 		return func(_ context.Context, out *terminal, args []string) error {
+			asJSON, err := isJSON(*format)
+			if err != nil {
+				return err
+			}
 			if len(args) != 1 {
 				return usagef("config check takes one file, or - for standard input")
 			}
@@ -69,14 +74,31 @@ or its cluster can tell is not checked: whether the token is valid, or the disk 
 				return err
 			}
 			c, err := nodeconfig.FromUserData(data)
-			if err != nil {
-				out.block("", err.Error())
-				return told{err}
+			switch {
+			case asJSON:
+				return checked(out, err)
+			case err != nil:
+				return err
 			}
 			out.printf("a valid NodeConfig for cluster %s\n", c.Cluster.ID)
 			return nil
 		}
 	},
+}
+
+// checked prints what is wrong as JSON: an empty list for a valid NodeConfig.
+func checked(out *terminal, err error) error {
+	problems, ok := errors.AsType[nodeconfig.Problems](err)
+	switch {
+	case err == nil:
+		problems = nodeconfig.Problems{}
+	case !ok: // of user-data as a whole
+		problems = nodeconfig.Problems{{Text: err.Error()}}
+	}
+	if printErr := out.json(map[string]nodeconfig.Problems{"problems": problems}); printErr != nil || err == nil {
+		return printErr
+	}
+	return told{err}
 }
 
 func readUserData(path string) ([]byte, error) {

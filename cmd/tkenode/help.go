@@ -48,7 +48,9 @@ func writeHelp(t *terminal, c command) {
 	if c.long != "" {
 		for p := range strings.SplitSeq(c.long, "\n\n") {
 			t.printf("\n")
-			t.block("", strings.ReplaceAll(p, "\n", " "))
+			for _, l := range wrap(p, t.width) {
+				t.printf("%s\n", l)
+			}
 		}
 	}
 	first := true

@@ -62,12 +62,17 @@ func (t *terminal) paint(color, s string) string {
 	return "\x1b[" + color + "m" + s + "\x1b[0m"
 }
 
-// block prints text wrapped to the width, every line after indent. Messages may
-// carry what a cloud, a disk or a user wrote, so what could drive a terminal is
-// replaced.
+// block prints text, every line after indent, and wrapped to the width of a
+// terminal; elsewhere a message stays one line, for whoever searches for it.
+// Messages may carry what a cloud, a disk or a user wrote, so what could drive a
+// terminal is replaced.
 func (t *terminal) block(indent, text string) {
 	for line := range strings.Lines(text) {
-		for _, l := range wrap(clean(strings.TrimRight(line, "\n")), t.width-utf8.RuneCountInString(indent)) {
+		lines := []string{clean(strings.TrimRight(line, "\n"))}
+		if t.tty {
+			lines = wrap(lines[0], t.width-utf8.RuneCountInString(indent))
+		}
+		for _, l := range lines {
 			t.printf("%s%s\n", indent, l)
 		}
 	}

@@ -98,7 +98,7 @@ func TestStatusText(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var b bytes.Buffer
-			renderStatus(&terminal{w: &b, width: 100}, st)
+			renderStatus(&terminal{w: &b, tty: true, width: 100}, st)
 			golden(t, filepath.Join("testdata", "status-"+name+".txt"), b.Bytes())
 		})
 	}
@@ -106,7 +106,7 @@ func TestStatusText(t *testing.T) {
 
 func TestStatusFitsTheTerminal(t *testing.T) {
 	var b bytes.Buffer
-	renderStatus(&terminal{w: &b, width: 60}, launch(1, notBlank, blocked))
+	renderStatus(&terminal{w: &b, tty: true, width: 60}, launch(1, notBlank, blocked))
 	for line := range strings.Lines(b.String()) {
 		if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > 60 && !strings.Contains(line, "look:") && !strings.Contains(line, "is not Ready") {
 			t.Errorf("%d columns: %s", n, line)
@@ -122,7 +122,7 @@ func TestUnreachable(t *testing.T) {
 	}
 	_, down := api.NewClient(filepath.Join(dir, "none")).Status(t.Context())
 	var b bytes.Buffer
-	err := explainUnreachable(&terminal{w: &b, width: 100}, down, result, now)
+	err := explainUnreachable(&terminal{w: &b, tty: true, width: 100}, down, result, now)
 	if exitCode(err) != exitNoAgent {
 		t.Errorf("exit code %d", exitCode(err))
 	}
@@ -137,7 +137,7 @@ func TestUnreachable(t *testing.T) {
 
 func TestPlanText(t *testing.T) {
 	var b bytes.Buffer
-	out := &terminal{w: &b, width: 100}
+	out := &terminal{w: &b, tty: true, width: 100}
 	renderPlan(out, api.Plan{Instances: []reconcile.InstancePlan{
 		{Name: "disk/disk-1a2b3c4d", Changes: []string{"format disk-1a2b3c4d as ext4", "mount disk-1a2b3c4d on /var/lib/containerd"}},
 		{Name: "unit/containerd", Changes: []string{}, Error: "blocked by DisksReady, which is False (Applying)"},
@@ -149,7 +149,7 @@ func TestPlanText(t *testing.T) {
 func TestBootText(t *testing.T) {
 	at := func(d float64) time.Time { return now.Add(time.Duration(d * float64(time.Second))) }
 	var b bytes.Buffer
-	out := &terminal{w: &b, width: 100}
+	out := &terminal{w: &b, tty: true, width: 100}
 	renderBoot(out, api.Boot{Began: now, Steps: []api.Step{
 		{Name: "kernel", Began: now, Ended: at(5.1)},
 		{Name: "metadata", Began: at(7), Ended: at(7.4)},
@@ -188,7 +188,7 @@ func TestCommandLines(t *testing.T) {
 		{"config check testdata/bad.yaml", exitError, "line 3: "},
 	} {
 		var b bytes.Buffer
-		out := &terminal{w: &b, width: 100}
+		out := &terminal{w: &b, tty: true, width: 100}
 		if code := run(context.Background(), out, out, strings.Fields(tc.args)); code != tc.code || !strings.Contains(b.String(), tc.want) {
 			t.Errorf("tkenode %s: exit %d, printed %q; want %d, %q", tc.args, code, &b, tc.code, tc.want)
 		}

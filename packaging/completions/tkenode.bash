@@ -10,6 +10,7 @@ _tkenode() {
 		"status "*) words="-o --watch" ;;
 		"plan "*) words="-o" ;;
 		"boot "*) words="-o" ;;
+		"config check") words="-o" ;;
 		"bootstrap "*) words="--user-data" ;;
 		"config "*) [ "$COMP_CWORD" = 2 ] && words="show check" ;;
 		"help "*) words="status plan boot wake config agent bootstrap version help" ;;

@@ -14,4 +14,5 @@ complete -c tkenode -n '__fish_seen_subcommand_from status' -s o -x -a 'text jso
 complete -c tkenode -n '__fish_seen_subcommand_from status' -l watch -d 'draw it anew every second'
 complete -c tkenode -n '__fish_seen_subcommand_from plan' -s o -x -a 'text json' -d 'output format: text or json'
 complete -c tkenode -n '__fish_seen_subcommand_from boot' -s o -x -a 'text json' -d 'output format: text or json'
+complete -c tkenode -n '__fish_seen_subcommand_from config' -s o -x -a 'text json' -d 'output format: text or json'
 complete -c tkenode -n '__fish_seen_subcommand_from bootstrap' -l user-data -d 'read the user-data from FILE instead of the metadata service'

@@ -24,6 +24,7 @@ case "$words[2] $words[3]" in
 "status "*) compadd -- -o --watch ;;
 "plan "*) compadd -- -o ;;
 "boot "*) compadd -- -o ;;
+"config check") compadd -- -o ;;
 "bootstrap "*) compadd -- --user-data ;;
 "config "*) (( CURRENT == 3 )) && compadd show check || _files ;;
 "help "*) compadd status plan boot wake config agent bootstrap version help ;;
