@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -208,9 +209,9 @@ func TestLaw2ChangeBesideTheWatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &thing{name: "a", cond: node.DisksReady}
 		down := make(chan struct{})
-		watches := 0
+		var watches atomic.Int32
 		m.watch = func(ctx context.Context, wake func()) error {
-			watches++
+			watches.Add(1)
 			wake()
 			select {
 			case <-down:
@@ -224,13 +225,14 @@ func TestLaw2ChangeBesideTheWatch(t *testing.T) {
 		settle(time.Second)
 		down <- struct{}{}
 		settle(100 * time.Millisecond) // the forced plan is over, the watch rests
-		if watches != 1 {
-			t.Fatalf("%d watches: this test comes too late", watches)
+		if n := watches.Load(); n != 1 {
+			t.Fatalf("%d watches: this test comes too late", n)
 		}
 		m.set(func() { m.done = false })
 		settle(time.Second)
-		if m.set(func() {}); watches != 2 || !m.done {
-			t.Errorf("a change beside the watch is not seen (%d watches)", watches)
+		done := false
+		if m.set(func() { done = m.done }); watches.Load() != 2 || !done {
+			t.Errorf("a change beside the watch is not seen (%d watches)", watches.Load())
 		}
 	})
 }
