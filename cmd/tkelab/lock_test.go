@@ -171,8 +171,8 @@ func TestProxyCommandIsQuoted(t *testing.T) {
 	if err := os.WriteFile(self, []byte("#!/bin/sh\necho \"$@\"\n"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	// As ssh does it, in this order.
-	text := strings.NewReplacer("%%", "%", "%h", "10.0.0.1", "%p", "22").Replace(proxyCommand(self))
+	// As ssh does it, in this order. Source: sshconnect.c, ssh_proxy_connect.
+	text := "exec " + strings.NewReplacer("%%", "%", "%h", "10.0.0.1", "%p", "22").Replace(proxyCommand(self))
 	out, err := exec.Command("sh", "-c", text).CombinedOutput()
 	if err != nil || string(out) != "connect 10.0.0.1:22\n" {
 		t.Errorf("%s: %v %s", text, err, out)

@@ -145,7 +145,7 @@ func (p *progress) line(format string, args ...any) {
 
 func (p *progress) clear() {
 	if p.rows > 0 {
-		fmt.Fprint(p.w, "\r"+strings.Repeat("\x1b[A", p.rows-1)+"\x1b[J")
+		fmt.Fprint(p.w, "\r\x1b[K"+strings.Repeat("\x1b[A\x1b[K", p.rows-1))
 		p.rows = 0
 	}
 }

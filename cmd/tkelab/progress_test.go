@@ -29,7 +29,7 @@ func TestStepsBesideEachOther(t *testing.T) {
 	}
 	out.Reset()
 	p.End("one", nil)
-	if got := out.String(); !strings.HasPrefix(got, "\r\x1b[A\x1b[J") || strings.Count(got, "two") != 1 {
+	if got := out.String(); !strings.HasPrefix(got, "\r\x1b[K\x1b[A\x1b[K") || strings.Count(got, "two") != 1 {
 		t.Errorf("%q", got)
 	}
 }

@@ -89,11 +89,11 @@ func sshTo(ctx context.Context, args []string) error {
 	}, rest...)...)
 }
 
-// proxyCommand is what ssh hands to a shell, after it has replaced what follows
-// a percent sign.
+// proxyCommand is what ssh hands to a shell, behind an exec of its own, after it
+// has replaced what follows a percent sign.
 func proxyCommand(self string) string {
 	quoted := "'" + strings.ReplaceAll(self, "'", `'\''`) + "'"
-	return "exec " + strings.ReplaceAll(quoted, "%", "%%") + " connect %h:%p"
+	return strings.ReplaceAll(quoted, "%", "%%") + " connect %h:%p"
 }
 
 // kubectl runs the kubectl that belongs to the cluster.
