@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"net"
 	"net/http"
 	"os"
@@ -176,5 +177,26 @@ func TestProxyCommandIsQuoted(t *testing.T) {
 	out, err := exec.Command("sh", "-c", text).CombinedOutput()
 	if err != nil || string(out) != "connect 10.0.0.1:22\n" {
 		t.Errorf("%s: %v %s", text, err, out)
+	}
+}
+
+// TestWaitKey: a login waits until the console says that cloud-init is past it.
+func TestWaitKey(t *testing.T) {
+	console := filepath.Join(t.TempDir(), "console.log")
+	if err := os.WriteFile(console, []byte("NodeReady is True\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- waitKey(ctx, console) }()
+	cancel()
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Errorf("without the key: %v", err)
+	}
+	if err := os.WriteFile(console, []byte("cloud-init[707]: Cloud-init v. 22.4.2 running 'modules:config' at Tue\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := waitKey(t.Context(), console); err != nil {
+		t.Errorf("with the key: %v", err)
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/tkenode/tkenode/lab"
 )
@@ -79,6 +81,9 @@ func sshTo(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	if err := waitKey(ctx, c.Console); err != nil {
+		return err
+	}
 	return stand("ssh", os.Environ(), append([]string{
 		"-i", i.Key,
 		"-o", "ProxyCommand=" + proxyCommand(self),
@@ -87,6 +92,33 @@ func sshTo(ctx context.Context, args []string) error {
 		"-o", "IdentitiesOnly=yes",
 		lab.LoginUser + "@" + c.IP,
 	}, rest...)...)
+}
+
+// waitKey waits until cloud-init has put the login key in place, which it does
+// after the node is Ready, and not for ever: a machine that has something wrong
+// may be logged into all the same.
+func waitKey(ctx context.Context, console string) error {
+	const limit, after = 2 * time.Minute, "running 'modules:config'" // the stage behind that of the keys
+	said := false
+	for end := time.Now().Add(limit); time.Now().Before(end); {
+		text, err := os.ReadFile(console)
+		if err != nil {
+			return fmt.Errorf("read console: %w", err)
+		}
+		if bytes.Contains(text, []byte(after)) {
+			return nil
+		}
+		if !said {
+			fmt.Fprintln(os.Stderr, "tkelab: waiting for cloud-init to put the login key in place")
+			said = true
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(time.Second):
+		}
+	}
+	return nil
 }
 
 // proxyCommand is what ssh hands to a shell, behind an exec of its own, after it
