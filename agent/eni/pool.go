@@ -105,6 +105,7 @@ func (p *Pool) Plan(ctx context.Context) (node.Plan, error) {
 	out := planPool(want, s, view)
 	p.remember(out, view.now)
 	p.network.setBlocked(cmp.Or(out.err, out.note))
+	plan.Serving = out.serving
 	for _, st := range out.steps {
 		plan.Add(func(ctx context.Context) error { return p.do(ctx, want, st) }, "%s", st.text)
 	}

@@ -52,9 +52,11 @@ func (b *balance) plan() poolPlan {
 	for _, p := range b.slots {
 		b.out.steps = append(b.out.steps, p.steps...)
 	}
+	verdict := b.verdict(free)
 	if len(b.out.steps) == 0 {
-		b.out.err = b.verdict(free)
+		b.out.err = verdict
 	}
+	b.out.serving = free > 0 && verdict == nil
 	return b.out
 }
 

@@ -124,6 +124,8 @@ type poolPlan struct {
 	note  error         // why there are no more addresses, for an ADD that waits
 	again time.Duration // when to look again; zero: at the next audit
 
+	serving bool // there is a free address, whatever the steps are for
+
 	excess bool     // there are more free addresses than wanted
 	idle   []string // ENIs that are not needed
 	spare  []string // ENIs of ours in no slot

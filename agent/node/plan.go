@@ -26,6 +26,9 @@ type Plan struct {
 	// the instance: a cool-down that ends, a budget that refills. Zero: only
 	// when woken.
 	Again time.Duration
+	// Serving says that the condition holds although there are changes: they are
+	// for what may come, as one more spare address is.
+	Serving bool
 }
 
 // Add appends a change.

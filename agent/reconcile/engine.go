@@ -81,6 +81,8 @@ type InstanceStatus struct {
 	Class     string             `json:"class,omitempty"`   // of the error, if there is one
 	Changes   []string           `json:"changes,omitempty"` // being made, or that did not lead anywhere
 	NextTry   time.Time          `json:"nextTry,omitzero"`  // zero: when woken
+
+	serving bool // the condition holds beside the changes
 }
 
 // InstancePlan is what one instance would change now.

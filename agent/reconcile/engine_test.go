@@ -28,6 +28,7 @@ type thing struct {
 	applies int
 	planErr error
 	again   time.Duration
+	serving bool
 	onPlan  func(context.Context)
 	onApply func(context.Context) error
 	watch   func(context.Context, func()) error
@@ -52,7 +53,7 @@ func (m *thing) Plan(ctx context.Context) (node.Plan, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.plans = append(m.plans, time.Now())
-	p := node.Plan{Again: m.again}
+	p := node.Plan{Again: m.again, Serving: m.serving}
 	if m.planErr != nil {
 		return p, m.planErr
 	}
@@ -125,6 +126,22 @@ func TestConvergedMeansAnEmptyPlan(t *testing.T) {
 			t.Errorf("plan of a converged instance: %+v", p[0])
 		}
 	})
+}
+
+// TestServing: changes for what may come take no condition away, others do.
+func TestServing(t *testing.T) {
+	for serving, want := range map[bool]int{true: 0, false: 1} {
+		synctest.Test(t, func(t *testing.T) {
+			m := &thing{name: "a", cond: node.DisksReady, serving: serving}
+			m.onApply = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+			e, b, stop := run(t, m)
+			defer stop()
+			settle(time.Second)
+			if unmet, _ := b.Unmet(node.DisksReady); len(unmet) != want || state(t, e, "a").State != Applying {
+				t.Errorf("serving %v: unmet while changes are made: %v", serving, unmet)
+			}
+		})
+	}
 }
 
 func TestLaw1NotConvergingShowsBothPlans(t *testing.T) {

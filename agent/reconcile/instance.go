@@ -142,7 +142,7 @@ func (in *instance) step(ctx context.Context) (floor, ceiling time.Duration) {
 		case round == maxRounds || repeats(applied, plan):
 			return in.notConverging(applied, plan)
 		}
-		in.set(InstanceStatus{State: Applying, Reason: "Applying", Message: plan.Changes[0].Text, Changes: texts(plan)})
+		in.set(InstanceStatus{State: Applying, Reason: "Applying", Message: plan.Changes[0].Text, Changes: texts(plan), serving: plan.Serving})
 		started := time.Now()
 		err = in.bounded(ctx, "apply", applyDeadline, func(ctx context.Context) error {
 			return in.Apply(ctx, plan)
@@ -335,10 +335,10 @@ func (in *instance) set(st InstanceStatus) {
 		in.log.Log(context.Background(), level, string(st.State), "reason", st.Reason, "message", st.Message)
 	}
 	status := node.False
-	switch st.State {
-	case Converged:
+	switch {
+	case st.State == Converged, st.serving:
 		status = node.True
-	case Starting, Stuck:
+	case st.State == Starting, st.State == Stuck:
 		status = node.Unknown
 	}
 	in.board.Set(in.Name(), st.Condition, status, st.Reason, st.Message)
