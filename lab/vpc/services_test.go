@@ -15,6 +15,44 @@ import (
 	"github.com/miekg/dns"
 )
 
+// TestListenAgain: a connection that nobody ends does not keep a port from the next
+// listener.
+func TestListenAgain(t *testing.T) {
+	n := newNetwork(t)
+	at := netip.MustParseAddrPort("10.0.0.10:6443")
+	l, err := n.Listen(at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	client, err := n.DialContext(ctx, probe, "tcp", at.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	server, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if c, err := n.DialContext(ctx, probe, "tcp", at.String()); err == nil {
+		c.Close()
+		t.Error("nobody listens, and a connection is accepted")
+	}
+	again, err := n.Listen(at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.Listen(at); err == nil {
+		t.Error("two listen at one address")
+	}
+	again.Close()
+}
+
 func TestLabToLab(t *testing.T) {
 	n := newNetwork(t)
 	l, err := n.Listen(netip.MustParseAddrPort("169.254.0.23:80"))

@@ -28,12 +28,26 @@ func (n *Network) Listen(addr netip.AddrPort) (net.Listener, error) {
 	if err := n.claim(addr.Addr()); err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", addr, err)
 	}
-	l, err := gonet.ListenTCP(n.stack, fullAddress(addr), ipv4.ProtocolNumber)
+	var events waiter.Queue
+	ep, err := n.stack.NewEndpoint(tcp.ProtocolNumber, ipv4.ProtocolNumber, &events)
 	if err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", addr, err)
+		return nil, fmt.Errorf("listen on %s: %s", addr, err)
 	}
-	return &listener{l}, nil
+	// Connections of machines that are no more keep the port of a listener before.
+	ep.SocketOptions().SetReuseAddress(true)
+	err = ep.Bind(fullAddress(addr))
+	if err == nil {
+		err = ep.Listen(backlog)
+	}
+	if err != nil {
+		ep.Close()
+		return nil, fmt.Errorf("listen on %s: %s", addr, err)
+	}
+	return &listener{gonet.NewTCPListener(n.stack, &events, ep)}, nil
 }
+
+// backlog is Linux's default (net.core.somaxconn).
+const backlog = 4096
 
 // ListenPacket receives UDP datagrams at an address of the lab's own.
 func (n *Network) ListenPacket(addr netip.AddrPort) (net.PacketConn, error) {
