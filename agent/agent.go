@@ -51,6 +51,7 @@ type Agent struct {
 	ledger  ledger
 	sealed  atomic.Pointer[node.Sealed]
 	engine  atomic.Pointer[reconcile.Engine] // nil until a configuration is sealed
+	network atomic.Pointer[eni.Network]      // as engine
 }
 
 // Run serves the socket at once, waits for a sealed configuration, and then keeps
@@ -107,8 +108,6 @@ func (a *Agent) keep(ctx context.Context, s node.Sealed, cni net.Listener, colle
 	if err != nil {
 		return fmt.Errorf("reach cloud API: %w", err)
 	}
-	network := eni.New(eni.Options{Sealed: a.currentSealed, Cloud: cloud, Log: log("eni")})
-	defer network.Close()
 	bus := &unit.Systemd{}
 	defer bus.Close()
 	containerd, err := unit.NewRuntime()
@@ -116,6 +115,8 @@ func (a *Agent) keep(ctx context.Context, s node.Sealed, cni net.Listener, colle
 		return fmt.Errorf("reach containerd: %w", err)
 	}
 	defer containerd.Close()
+	network := eni.New(eni.Options{Sealed: a.currentSealed, Cloud: cloud, Sandboxes: containerd.Sandboxes, Log: log("eni")})
+	defer network.Close()
 	apiServer, err := kube.New(s.Config.Cluster.Endpoint, []byte(s.Config.Cluster.CertificateAuthority), kubeletCert)
 	if err != nil {
 		return fmt.Errorf("reach API server: %w", err)
@@ -138,6 +139,7 @@ func (a *Agent) keep(ctx context.Context, s node.Sealed, cni net.Listener, colle
 	)
 	engine := reconcile.New(a.log, a.board, modules...)
 	a.engine.Store(engine)
+	a.network.Store(network)
 
 	var wg sync.WaitGroup
 	defer wg.Wait()

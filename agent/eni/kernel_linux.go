@@ -192,14 +192,18 @@ func (k *kernel) findRules() ([]object, error) {
 		if r.Protocol != protocol {
 			continue
 		}
-		found := foundRule{rule: rule{priority: r.Priority, mark: r.Mark, table: r.Table}, raw: r}
-		if r.Src != nil {
-			found.from = addrOf(r.Src.IP)
-		}
-		found.foreign = otherSelectors(r)
-		have = append(have, found)
+		have = append(have, ruleOf(r))
 	}
 	return have, nil
+}
+
+func ruleOf(r netlink.Rule) foundRule {
+	found := foundRule{rule: rule{priority: r.Priority, mark: r.Mark, table: r.Table}, raw: r}
+	if r.Src != nil {
+		found.from = addrOf(r.Src.IP)
+	}
+	found.foreign = otherSelectors(r)
+	return found
 }
 
 // otherSelectors returns the text of what our rules do not select by.

@@ -149,19 +149,26 @@ func (p *Paths) compare(primary string) ([]step, scene, error) {
 	return diff(want, have), sc, nil
 }
 
+// conflist is what the runtime calls for every pod: our plugin, and then those of
+// the CNI project that carry out hostPort and the bandwidth annotations. They do
+// nothing for a pod that has neither.
+const conflist = `{
+  "cniVersion": "1.1.0",
+  "name": %[1]q,
+  "plugins": [
+    {"type": %[1]q},
+    {"type": "portmap", "capabilities": {"portMappings": true}, "backend": "nftables"},
+    {"type": "bandwidth", "capabilities": {"bandwidth": true}}
+  ]
+}
+`
+
 // files are written when the network is configured for the first time, and not
 // before: kubelet is Ready as soon as containerd sees the first of them.
 func (p *Paths) files() []file {
 	return []file{
 		{p.configured, "configured\n"},
-		{p.conflist, fmt.Sprintf(`{
-  "cniVersion": "1.1.0",
-  "name": %q,
-  "plugins": [
-    {"type": %q}
-  ]
-}
-`, cni.Network, cni.Network)},
+		{p.conflist, fmt.Sprintf(conflist, cni.Network)},
 	}
 }
 
@@ -190,6 +197,7 @@ func (p *Paths) settle(s state, sc scene, converged bool) error {
 		p.network.log.Info("slots ready", "module", p.Name(), "mtu by slot", p.ready)
 		p.network.ledger.poke()
 	}
+	p.network.exhausted.Store(s.exhausted(p.ready, time.Now()))
 	if waiting == nil && len(p.ready) == 0 {
 		waiting = node.Waiting("NoENI", "the pool has no ENI yet")
 	}

@@ -56,7 +56,7 @@ const (
 )
 
 func (t *terminal) paint(color, s string) string {
-	if !t.color || s == "" {
+	if !t.color || s == "" || color == "" {
 		return s
 	}
 	return "\x1b[" + color + "m" + s + "\x1b[0m"
