@@ -92,8 +92,8 @@ const (
 	doForeign = "find out who made it, and remove it; tkenode does not delete what is not its own"
 )
 
-// lookup is what the kernel does with a packet.
-type lookup struct {
+// routing is what the kernel does with a packet.
+type routing struct {
 	from, to netip.Addr
 	iif      string
 	mark     uint32
@@ -109,7 +109,7 @@ type lookup struct {
 	failed    bool
 }
 
-func (l lookup) String() string {
+func (l routing) String() string {
 	switch {
 	case l.refused != "":
 		return "the kernel refuses: " + l.refused
@@ -128,13 +128,13 @@ type sight struct {
 	device device // of the slot's ENI; zero: no link has its MAC
 	steps  []step // what differs from what is wanted for the pod
 
-	dead   string // why its network namespace cannot be looked into
-	inside lookup // in the pod
-	veth   string // empty: there is none
-	nft    bool   // our table is there
-	marked int    // slot that its address leads to; -1: none
-	out    []lookup
-	back   lookup
+	dead   string  // why its network namespace cannot be looked into
+	inside routing // in the pod
+	veth   string  // empty: there is none
+	nft    bool    // our table is there
+	marked int     // slot that its address leads to; -1: none
+	out    []routing
+	back   routing
 	snat   []string // chains that may change the source
 }
 
@@ -283,7 +283,7 @@ func (s *sight) leaving() Leg {
 }
 
 // sent is the way of one packet through the node's routing.
-func (s *sight) sent(l lookup, sealed node.Sealed) Leg {
+func (s *sight) sent(l routing, sealed node.Sealed) Leg {
 	tbl := slotTable + s.pod.Slot
 	leg := Leg{Title: fmt.Sprintf("to %s%s", l.to, s.known(l.to))}
 	r := Hop{Name: "rule", Text: l.rule, Problems: s.claims(doWait,

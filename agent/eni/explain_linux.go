@@ -96,10 +96,10 @@ func (k *kernel) follow(s *sight, to netip.Addr) error {
 		mark = slotMark(s.marked)
 	}
 	for _, a := range targets {
-		l := k.lookup(rules, lookup{from: s.pod.Addr, to: a, iif: name, mark: mark})
+		l := k.lookup(rules, routing{from: s.pod.Addr, to: a, iif: name, mark: mark})
 		s.out = append(s.out, l)
 	}
-	s.back = lookup{from: outside, to: s.pod.Addr, iif: s.device.name}
+	s.back = routing{from: outside, to: s.pod.Addr, iif: s.device.name}
 	stays := false
 	if len(s.out) > 0 {
 		first := s.out[0]
@@ -121,7 +121,7 @@ func (k *kernel) follow(s *sight, to netip.Addr) error {
 		s.dead = err.Error() // it has just ended
 		return nil
 	}
-	s.inside = ask(pod.nl, lookup{to: append(targets, outside)[0]})
+	s.inside = ask(pod.nl, routing{to: append(targets, outside)[0]})
 	return nil
 }
 
@@ -136,7 +136,7 @@ func (k *kernel) rules() ([]netlink.Rule, error) {
 }
 
 // lookup asks the kernel where it sends a packet, and finds the rule that led there.
-func (k *kernel) lookup(rules []netlink.Rule, l lookup) lookup {
+func (k *kernel) lookup(rules []netlink.Rule, l routing) routing {
 	l = ask(k.nl, l)
 	for _, r := range rules {
 		if !selects(r, l) || l.refused == "" && r.Table != l.table || l.refused != "" && !k.answers(r.Table, l.to) {
@@ -151,7 +151,7 @@ func (k *kernel) lookup(rules []netlink.Rule, l lookup) lookup {
 }
 
 // ask has the kernel look a route up.
-func ask(nl *netlink.Handle, l lookup) lookup {
+func ask(nl *netlink.Handle, l routing) routing {
 	opts := &netlink.RouteGetOptions{Iif: l.iif, Mark: l.mark}
 	if l.from.IsValid() {
 		opts.SrcAddr = l.from.AsSlice()
@@ -189,7 +189,7 @@ func refusal(err error) string {
 }
 
 // resolve finds what is known of the next hop's MAC.
-func (l *lookup) resolve(nl *netlink.Handle, index int) {
+func (l *routing) resolve(nl *netlink.Handle, index int) {
 	hop := l.to
 	if l.gateway.IsValid() {
 		hop = l.gateway
@@ -216,7 +216,7 @@ func (l *lookup) resolve(nl *netlink.Handle, index int) {
 
 // selects reports whether a rule takes the packet, whatever it carries: one that
 // asks for a protocol, a port or a user takes some packets only, and is passed over.
-func selects(r netlink.Rule, l lookup) bool {
+func selects(r netlink.Rule, l routing) bool {
 	if r.IPProto != 0 || r.Dport != nil || r.Sport != nil || r.UIDRange != nil || r.Tos != 0 || r.OifName != "" {
 		return false
 	}
@@ -297,7 +297,7 @@ func (k *kernel) traceAddress(a netip.Addr, s state, cloud answered, sealed node
 	case owner != "":
 		said.Text = strings.TrimSpace(fmt.Sprintf("assigned to %s %s", owner, strings.ToLower(ip.State)))
 	}
-	l := k.lookup(rules, lookup{to: a})
+	l := k.lookup(rules, routing{to: a})
 	rule := Hop{Name: "rule", Text: cmp.Or(l.rule, "none leads to a route")}
 	way := Hop{Name: fmt.Sprintf("table %d", l.table), Text: l.String()}
 	left := Hop{Name: "left over", Text: "nothing"}

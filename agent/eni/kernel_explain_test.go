@@ -5,6 +5,7 @@ package eni
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"strings"
@@ -115,13 +116,14 @@ func TestKernelExplain(t *testing.T) {
 		addr, dbAddr := web.add(), db.add()
 		name, hostMAC, _ := vethOf(keyOf(web.container()))
 		pod := Question{Pod: "default/web"}
+		bits := fmt.Sprintf("%#x/%#x", slotMark(0), markMask)
 
 		t.Run("as it should be", func(t *testing.T) {
 			want := []string{
 				"out of the pod | next hop | via 169.254.1.1 dev eth0, 169.254.1.1 is at " + hostMAC + ", for good\n",
 				"out of the pod | veth | " + name + ", MAC " + hostMAC,
-				"out of the pod | nft pods | " + addr.String() + " → slot 0, mark 0x1000000/0x1f000000\n",
-				"to 10.0.16.1, the subnet's gateway | rule | 1536 from all fwmark 0x1000000/0x1f000000 lookup 4001\n",
+				"out of the pod | nft pods | " + addr.String() + " → slot 0, mark " + bits + "\n",
+				"to 10.0.16.1, the subnet's gateway | rule | 1536 from all fwmark " + bits + " lookup 4001\n",
 				"to 10.0.16.1, the subnet's gateway | table 4001 | via 10.0.16.1 dev eth1\n",
 				"to 192.0.2.1, an address outside of the VPC | table 4001 | via 10.0.16.1 dev eth1\n",
 				"SNAT | none, it leaves as " + addr.String() + "\n",
@@ -143,7 +145,7 @@ func TestKernelExplain(t *testing.T) {
 			want         []string
 		}{
 			{"rule deleted", "ip rule del pref 1536", false, []string{
-				"rule | 32766 from all lookup 254\n", "!! missing: rule 1536 from all fwmark 0x1000000/0x1f000000 lookup 4001 → " + doWait,
+				"rule | 32766 from all lookup 254\n", "!! missing: rule 1536 from all fwmark " + bits + " lookup 4001 → " + doWait,
 				"!! the VPC drops " + addr.String() + " on eth0",
 			}},
 			{"wrong table", "ip route add default via 10.0.0.1 dev eth0 table 99; ip rule add pref 100 from " + addr.String() + " lookup 99", false, []string{
