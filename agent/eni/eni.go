@@ -89,6 +89,7 @@ func New(o Options) *Network {
 	}
 	n.pool = &Pool{network: n, cloud: o.Cloud, subnets: map[string]tencent.Subnet{}}
 	n.paths = &Paths{network: n, conflist: o.Conflist, configured: o.ConfiguredFile, ready: map[int]int{}}
+	n.ledger.witness = n.witness
 	return n
 }
 
@@ -168,7 +169,7 @@ func (s state) addresses(slot Slot, now time.Time) []AddressState {
 	all := []AddressState{}
 	for _, a := range slot.Addrs {
 		st := AddressState{Addr: a, State: "free"}
-		if until := s.Rested[a]; until.After(now) {
+		if until := s.restsUntil(a); until.After(now) {
 			st.State, st.Until = "cooling", until
 		}
 		all = append(all, st)
