@@ -196,10 +196,13 @@ func (n *Network) add(ctx context.Context, req cni.Request) (*cni.Result, error)
 	if err != nil {
 		return nil, err
 	}
+	// The disk takes as long as the kernel: neither waits for the other.
+	synced := make(chan error, 1)
+	go func() { synced <- n.ledger.sync() }()
 	if err := n.paths.wire(pod); err != nil {
-		return nil, errors.Join(err, n.del(req.Attachment))
+		return nil, errors.Join(err, <-synced, n.del(req.Attachment))
 	}
-	if err := n.ledger.sync(); err != nil {
+	if err := <-synced; err != nil {
 		return nil, err
 	}
 	host, hostMAC, mac := vethOf(pod.Attachment)
@@ -261,10 +264,10 @@ func (n *Network) del(key cni.Attachment) error {
 	if err := n.ledger.release(key, time.Now()); err != nil {
 		return err
 	}
-	if err := n.paths.unwire(pod); err != nil {
-		return err
-	}
-	return n.ledger.sync()
+	synced := make(chan error, 1)
+	go func() { synced <- n.ledger.sync() }()
+	err = n.paths.unwire(pod)
+	return errors.Join(err, <-synced)
 }
 
 // check compares the pod's network with what its ADD made.
