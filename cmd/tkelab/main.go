@@ -14,6 +14,8 @@ import (
 	"os/signal"
 	"path/filepath"
 	"syscall"
+
+	"github.com/tkenode/tkenode/lab/bench"
 )
 
 // command is one row of the table that `tkelab help` is printed from.
@@ -36,7 +38,8 @@ func commands() []command {
 		{"console", "[ID]", "show the serial console of a CVM", console},
 		{"kubectl", "ARGS…", "kubectl as the cluster's administrator", kubectl},
 		{"down", "", "stop the region; nothing is left behind", down},
-		{"bench", "boot [-n PAIRS]", "measure power-on to Ready against a hand-written node", benchmark},
+		{"bench", "boot|eni [-n PAIRS]", "measure power-on to Ready, or the network of pods, against what others have", benchmark},
+		{bench.ENINode, "", "", benchNode},
 		{"connect", "ADDR", "", connect},
 		{"serve", "", "", serve},
 	}
