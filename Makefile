@@ -31,7 +31,7 @@ test-unit: ## pure code, goldens, fuzz seeds; no root
 	$(GO) test -race ./...
 
 test-kernel: setup build ## network namespaces, loop devices, real mkfs; root
-	$(if $(SUDO),@sudo -v) # asked once, before the tests compile
+	@$(if $(SUDO),sudo -v &&) true # the password is asked for before the tests compile
 	TKE_ENI='$(CURDIR)/bin/tke-eni' $(GO) test -tags kernel -count=1 -run '^TestKernel' -exec '$(SUDO)' ./...
 
 test-node: setup build ## the shipped image in a virtual machine, with a real control plane
