@@ -103,7 +103,7 @@ func TestNodeImageBootsByItself(t *testing.T) {
 		`failed: (tkenode-bootstrap\.service )?`,
 		`hostname: image-test`,
 		`machine-id: [0-9a-f]{32}`,
-		`address: 10\.0\.2\.15/24`, // of QEMU's DHCP server
+		`address: 10\.0\.2\.15/24`,                        // of QEMU's DHCP server
 		`resolv\.conf: /run/systemd/resolve/resolv\.conf`, // the DHCP server's, not a stub's
 		`cgroup: cgroup2fs`,
 		`forward: 1`,
