@@ -48,7 +48,7 @@ func (d *Disk) format(ctx context.Context, dev device, past entry) error {
 	if err != nil {
 		return fmt.Errorf("read back %s: %w", dev, err)
 	}
-	c := inspect(reader{ctx, exclusive}, dev.SizeBytes)
+	c := glance(reader{ctx, exclusive}, dev.SizeBytes)
 	if err := exclusive.Close(); err != nil {
 		return fmt.Errorf("read back %s: %w", dev, err)
 	}
@@ -89,9 +89,10 @@ func (d *Disk) prove(ctx context.Context, dev device, past entry) (_ *permit, er
 	switch {
 	case c.Unreadable != "":
 		return nil, fmt.Errorf("prove %s blank: %s", dev, c.Unreadable)
-	case !c.Blank: // of a large disk the plan has sampled other places
+	case !c.Blank: // where the plan has not looked
 		return nil, foreign(dev, c)
 	}
+	d.log.Info("proven blank", "disk", dev.String(), "proof", c.proof())
 	uuid := past.UUID
 	if uuid == "" {
 		uuid = newUUID()

@@ -26,11 +26,26 @@ const (
 	readers = 16
 )
 
-// inspect reads a disk of size bytes: all of a small one, and of a large one its
-// ends, the places of superblocks and a sample. r has to fail rather than invent:
-// any error, and any read that is short, makes the disk unreadable. r is read by
-// several at once.
+// inspect reads a disk of size bytes: all of a small one, and of a large one what
+// glance reads and a sample. r is read by several at once.
 func inspect(r io.ReaderAt, size int64) content {
+	c := glance(r, size)
+	switch {
+	case !c.Blank:
+		return c
+	case size > whole:
+		return sample(r, size)
+	}
+	if c = scan(r, []span{{0, size}}); c.Blank {
+		c.Whole = true
+	}
+	return c
+}
+
+// glance reads both ends of a disk and the places of superblocks. r has to fail
+// rather than invent: any error, and any read that is short, makes the disk
+// unreadable.
+func glance(r io.ReaderAt, size int64) content {
 	head := aligned(int(min(size, front)))
 	if err := readFull(r, head, 0); err != nil {
 		return content{Unreadable: err.Error()}
@@ -51,10 +66,11 @@ func inspect(r io.ReaderAt, size int64) content {
 	if i := nonZero(tail); i >= 0 {
 		return content{Evidence: evidence(tail, i, tailAt)}
 	}
-	spans := []span{{int64(len(head)), size}}
-	if size > whole {
-		spans = windows(size)
-	}
+	return scan(r, windows(size))
+}
+
+// scan reads spans of a disk, up to the first that is not blank.
+func scan(r io.ReaderAt, spans []span) content {
 	buf := aligned(1 << 20)
 	for _, w := range spans {
 		for from := w.from; from < w.to; from += int64(len(buf)) {
@@ -63,10 +79,7 @@ func inspect(r io.ReaderAt, size int64) content {
 			}
 		}
 	}
-	if size > whole {
-		return sample(r, size)
-	}
-	return content{Blank: true, Whole: true}
+	return content{Blank: true}
 }
 
 // probe reads b at an offset and says whether it is blank.

@@ -69,7 +69,7 @@ func link(path string) (string, error) {
 	}
 }
 
-// look reads the content of dev, past the page cache.
+// look glances at the content of dev, past the page cache.
 func (d *Disk) look(ctx context.Context, dev device) (content, error) {
 	f, err := d.open(dev, unix.O_RDONLY|unix.O_DIRECT)
 	if err != nil {
@@ -81,7 +81,7 @@ func (d *Disk) look(ctx context.Context, dev device) (content, error) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
 		return content{Busy: true}, nil
 	}
-	c := inspect(reader{ctx, f}, dev.SizeBytes)
+	c := glance(reader{ctx, f}, dev.SizeBytes)
 	if err := ctx.Err(); err != nil {
 		return content{}, fmt.Errorf("read %s: %w", dev, err)
 	}
