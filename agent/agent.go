@@ -120,6 +120,7 @@ func (a *Agent) keep(ctx context.Context, s node.Sealed, cni net.Listener, colle
 	defer wg.Wait()
 	defer stop()
 	wg.Go(func() { engine.Run(ctx) })
+	wg.Go(func() { w.bus.Run(ctx) })
 	wg.Go(func() { collector.Push(ctx, s) })
 	return w.network.Serve(ctx, cni)
 }
@@ -128,6 +129,7 @@ func (a *Agent) keep(ctx context.Context, s node.Sealed, cni net.Listener, colle
 type works struct {
 	modules []reconcile.Module
 	network *eni.Network
+	bus     *unit.Systemd
 	close   func()
 }
 
@@ -151,7 +153,7 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reach containerd: %w", err)
 	}
-	bus := &unit.Systemd{}
+	bus := unit.NewSystemd(log("unit"))
 	network := eni.New(eni.Options{Sealed: a.currentSealed, Cloud: cloud, Log: log("eni")})
 	name := s.Config.Name(s.Facts)
 
@@ -168,7 +170,7 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 		unit.Kubelet(files, bus),
 		kube.NewReady(apiServer, name),
 	)
-	return &works{modules, network, func() {
+	return &works{modules, network, bus, func() {
 		apiServer.Close()
 		containerd.Close()
 		bus.Close()

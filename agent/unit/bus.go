@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"os/exec"
 	"strings"
@@ -44,10 +45,17 @@ const (
 // Systemd is the Bus of the machine's PID 1. Its connection is made when it is
 // first needed, and again when it is lost.
 type Systemd struct {
+	log     *slog.Logger
+	signals signals
+	states  states
+
 	mu   sync.Mutex // guards the rest
 	conn *systemd.Conn
 	end  context.CancelFunc // of the connection
 }
+
+// NewSystemd returns the Bus. It connects to nothing yet; Watch needs Run.
+func NewSystemd(log *slog.Logger) *Systemd { return &Systemd{log: log} }
 
 // Close ends the connection.
 func (s *Systemd) Close() {
@@ -90,8 +98,14 @@ func (s *Systemd) connection() (*systemd.Conn, error) {
 	return conn, nil
 }
 
-// Unit asks systemd for the state of a unit.
+// Unit returns the state of a unit, as it was at the last signal of its changes or
+// is now.
 func (s *Systemd) Unit(ctx context.Context, name string) (State, error) {
+	return s.states.of(ctx, name, func(ctx context.Context) (State, error) { return s.ask(ctx, name) })
+}
+
+// ask asks systemd for the state of a unit.
+func (s *Systemd) ask(ctx context.Context, name string) (State, error) {
 	conn, err := s.connection()
 	if err != nil {
 		return State{}, err
@@ -194,6 +208,8 @@ func (s *Systemd) job(ctx context.Context, name string, enqueue func(*systemd.Co
 	if err := conn.ResetFailedUnitContext(call, name); err != nil && !notLoaded(err) {
 		return fmt.Errorf("reset %s: %w", name, err)
 	}
+	// The signals of what the job has changed may come after its end.
+	defer s.states.forget(name)
 	result := make(chan string, 1) // without room, an abandoned wait would block the connection for ever
 	if _, err := enqueue(conn, call, name, "replace", result); err != nil {
 		return fmt.Errorf("ask systemd: %w", err)
@@ -220,6 +236,7 @@ func (s *Systemd) Reload(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	defer s.states.forget()
 	return conn.ReloadContext(ctx)
 }
 
@@ -235,53 +252,6 @@ func (s *Systemd) LastLog(ctx context.Context, name string) string {
 		return ""
 	}
 	return string(bytes.TrimSpace(out[:min(len(out), 400)]))
-}
-
-// Watch receives systemd's signals about the units on a connection of its own:
-// go-systemd's subscription drops some of them, or polls.
-func (s *Systemd) Watch(ctx context.Context, names []string, changed func()) error {
-	if err := waitFor(ctx, systemBus); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	subscribed := time.AfterFunc(callTimeout, cancel).Stop
-	defer subscribed()
-	conn, err := dbus.ConnectSystemBus(dbus.WithContext(ctx))
-	if err != nil {
-		return fmt.Errorf("connect to the system bus: %w", err)
-	}
-	defer conn.Close()
-	signals := make(chan *dbus.Signal, 64)
-	conn.Signal(signals)
-	for _, name := range names {
-		err := conn.AddMatchSignalContext(ctx,
-			dbus.WithMatchSender(service),
-			dbus.WithMatchObjectPath(unitPath(name)),
-			dbus.WithMatchInterface("org.freedesktop.DBus.Properties"),
-			dbus.WithMatchMember("PropertiesChanged"))
-		if err != nil {
-			return fmt.Errorf("watch %s: %w", name, err)
-		}
-	}
-	// Without a subscriber systemd sends no signals at all.
-	call := conn.Object(service, "/org/freedesktop/systemd1").CallWithContext(ctx, service+".Manager.Subscribe", 0)
-	if call.Err != nil {
-		return fmt.Errorf("subscribe to systemd: %w", call.Err)
-	}
-	subscribed()
-	changed()
-	for {
-		select {
-		case _, ok := <-signals:
-			if !ok {
-				return errors.Join(errors.New("the system bus closed the connection"), ctx.Err())
-			}
-			changed()
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
 }
 
 // waitFor returns once path exists. It is asked for often because it is missing
