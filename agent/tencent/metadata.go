@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/tkenode/tkenode/agent/node"
@@ -35,6 +36,7 @@ const (
 	metadataTimeout  = 5 * time.Second
 	metadataBackoff  = 200 * time.Millisecond
 	metadataMaxPause = 5 * time.Second
+	metadataNoRoute  = 100 * time.Millisecond // the pause while nothing can be sent
 	metadataNagEvery = 30 * time.Second
 )
 
@@ -141,9 +143,16 @@ func (m *Metadata) get(ctx context.Context, path string, limit int64) ([]byte, e
 			nag = time.Since(start) + metadataNagEvery
 			slog.WarnContext(ctx, "metadata service is late", "path", path, "took", time.Since(start), "err", err)
 		}
-		select {
-		case <-time.After(pause/2 + rand.N(pause/2)):
+		wait := pause/2 + rand.N(pause/2)
+		if errors.Is(err, syscall.ENETUNREACH) {
+			// Not the service but this node's address is late: asking disturbs nobody, and
+			// the whole first boot waits.
+			wait = metadataNoRoute
+		} else {
 			pause = min(2*pause, metadataMaxPause)
+		}
+		select {
+		case <-time.After(wait):
 		case <-ctx.Done():
 			return nil, node.Waiting("MetadataLate", "metadata service %s gives no %s: %w", m.url, path, err)
 		}

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -279,6 +281,27 @@ func FuzzDecodeAnswer(f *testing.F) {
 		}
 		for _, e := range out.NetworkInterfaceSet {
 			e.AttachedTo("ins-1")
+		}
+	})
+}
+
+// TestNoRouteIsAskedAgainSoon: the address of the first boot is waited for, and
+// noticed as soon as it is there.
+func TestNoRouteIsAskedAgainSoon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		m := NewMetadata("")
+		m.HTTP.Transport = &service{answers: map[string]string{"user-data": "x"}, trouble: func(int) (*http.Response, error) {
+			if time.Since(began) < 4*time.Second {
+				return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ENETUNREACH)}
+			}
+			return nil, nil
+		}}
+		if b, err := m.UserData(t.Context()); err != nil || string(b) != "x" {
+			t.Fatalf("%q, %v", b, err)
+		}
+		if late := time.Since(began) - 4*time.Second; late > metadataNoRoute {
+			t.Errorf("noticed after %s", late)
 		}
 	})
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -55,6 +56,10 @@ sealed. It exits with 0 when it is done, with 1 when a human must act, and with 
 			err := bootstrap.Run(ctx, bootstrap.Options{
 				Metadata: metadata,
 				CloudFacts: func(ctx context.Context, c node.Config, f node.Facts) (node.Facts, error) {
+					// Go that finds none takes defaults, and looks for it again 5 s later.
+					if _, err := os.Stat(resolvConf); errors.Is(err, os.ErrNotExist) {
+						return f, node.Waiting("ResolverStarting", "%s is not there yet; see systemctl status systemd-resolved", resolvConf)
+					}
 					api, err := tencent.NewClient(c.Cloud, f.Region, metadata)
 					if err != nil {
 						return f, fmt.Errorf("reach cloud API: %w", err)
@@ -72,6 +77,9 @@ sealed. It exits with 0 when it is done, with 1 when a human must act, and with 
 		}
 	},
 }
+
+// resolvConf is what Go's resolver reads.
+const resolvConf = "/etc/resolv.conf"
 
 // journal logs to standard error, which systemd gives to the journal with the
 // time: ours would stand beside it.
