@@ -159,7 +159,7 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 
 	var modules []reconcile.Module
 	for _, want := range s.Config.Disks {
-		modules = append(modules, disk.New(want, filepath.Join(stateDir, "disk"), log("disk")))
+		modules = append(modules, disk.New(want, s.Facts.DataDisks, filepath.Join(stateDir, "disk"), log("disk")))
 	}
 	modules = append(modules,
 		unit.Containerd(files, bus, containerd),

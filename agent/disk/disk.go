@@ -27,7 +27,8 @@ const settlePoll = 100 * time.Millisecond
 // Disk is one disk of the NodeConfig. It satisfies reconcile.Module.
 type Disk struct {
 	want   node.DiskConfig
-	sys    string // where sysfs is mounted
+	listed []string // ids of the data disks that the metadata service knows
+	sys    string   // where sysfs is mounted
 	ledger ledger
 	log    *slog.Logger
 
@@ -36,10 +37,11 @@ type Disk struct {
 	mu sync.Mutex
 }
 
-// New returns the module for one disk. What has been done to disks is journalled
-// in the directory state.
-func New(want node.DiskConfig, state string, log *slog.Logger) *Disk {
-	return &Disk{want: want, sys: "/sys", ledger: ledger(state), log: log}
+// New returns the module for one disk of an instance that has the data disks
+// listed, as far as the metadata service says. What has been done to disks is
+// journalled in the directory state.
+func New(want node.DiskConfig, listed []string, state string, log *slog.Logger) *Disk {
+	return &Disk{want: want, listed: listed, sys: "/sys", ledger: ledger(state), log: log}
 }
 
 // Name returns "disk/<disk id>", or "disk/data" for the only data disk.

@@ -19,7 +19,7 @@ import (
 // observe reads what decide needs; what is on the disk, only if it is asked for
 // and nobody uses the disk.
 func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
-	var have observed
+	have := observed{Listed: d.listed}
 	var err error
 	// A disk that is mounted needs no ledger.
 	have.Ledger, have.ledgerErr = d.ledger.read()

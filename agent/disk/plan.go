@@ -18,6 +18,7 @@ type observed struct {
 	Swaps   []string         `json:"swaps,omitempty"`  // names of devices: vdb, vdb1
 	Ledger  map[string]entry `json:"ledger,omitempty"` // by disk id
 	Content content          `json:"content,omitzero"` // of the wanted disk, unless it is mounted
+	Listed  []string         `json:"listed,omitempty"` // ids of the data disks that the metadata service knows
 	// Link is where the mount point leads if a part of it is a symbolic link.
 	Link string `json:"link,omitempty"`
 	// Settling says that udev is at work: there may be devices that are not seen yet.
@@ -199,6 +200,15 @@ func onlyDataDisk(want node.DiskConfig, have observed) (string, error) {
 		return "", node.Terminal("Ambiguous", "set disks[].diskID in the NodeConfig",
 			fmt.Errorf("several disks have been used for %s: %s", want.MountPoint, strings.Join(known, ", ")))
 	}
+	// The cloud knows all disks at once; which have appeared here depends on when one looks.
+	switch listed := have.listed(); len(listed) {
+	case 0:
+	case 1:
+		return listed[0], nil
+	default:
+		return "", node.Terminal("Ambiguous", "set disks[].diskID in the NodeConfig",
+			fmt.Errorf("the NodeConfig names no disk for %s and the instance has %d: %s", want.MountPoint, len(listed), strings.Join(listed, ", ")))
+	}
 	var found []device
 	for _, d := range have.Devices {
 		if diskID.MatchString(d.Serial) && strings.HasPrefix(d.Name, "vd") && !have.holdsRoot(d) {
@@ -309,6 +319,17 @@ func (o observed) at(target string) (mount, bool) {
 		}
 	}
 	return mount{}, false
+}
+
+// listed returns the ids of the data disks that the metadata service knows, but for
+// the one that the system is on.
+func (o observed) listed() (ids []string) {
+	for _, id := range o.Listed {
+		if !slices.ContainsFunc(o.Devices, func(d device) bool { return d.Serial == id && o.holdsRoot(d) }) {
+			ids = append(ids, id)
+		}
+	}
+	return ids
 }
 
 func (o observed) holdsRoot(d device) bool {

@@ -50,6 +50,9 @@ func (m *Metadata) Facts(ctx context.Context) (node.Facts, error) {
 	if err := m.network(ctx, &f); err != nil {
 		return node.Facts{}, err
 	}
+	if f.DataDisks, err = m.volumes(ctx); err != nil {
+		return node.Facts{}, err
+	}
 	if f.CAMRole, err = m.role(ctx); err != nil && !errors.Is(err, ErrNotFound) {
 		return node.Facts{}, err
 	}
@@ -79,6 +82,19 @@ func (m *Metadata) network(ctx context.Context, f *node.Facts) error {
 		return err
 	}
 	return fmt.Errorf("metadata %s lists %q, and not the primary %s", dir, macs, f.MAC)
+}
+
+// volumes returns the ids of the CBS disks that are attached, none where the
+// service does not know of any.
+func (m *Metadata) volumes(ctx context.Context) ([]string, error) {
+	ids, err := m.list(ctx, "volumes/")
+	if errors.Is(err, ErrNotFound) {
+		return nil, nil
+	}
+	for i := range ids {
+		ids[i] = strings.TrimSuffix(ids[i], "/")
+	}
+	return ids, err
 }
 
 // role returns the name of the instance's CAM role.

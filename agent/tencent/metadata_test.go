@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"reflect"
 	"strconv"
 	"strings"
 	"syscall"
@@ -62,6 +63,7 @@ func healthy() map[string]string {
 		"meta-data/network/interfaces/macs/":                            "52:54:00:AA:BB:02/\n52:54:00:AA:BB:01/\n",
 		"meta-data/network/interfaces/macs/52:54:00:AA:BB:01/vpc-id":    "vpc-lab00001",
 		"meta-data/network/interfaces/macs/52:54:00:AA:BB:01/subnet-id": "subnet-node0001",
+		"meta-data/volumes/":                                            "disk-abcd1234/\ndisk-efgh5678/\n",
 		"meta-data/cam/security-credentials/":                           "TKENodeRole",
 	}
 }
@@ -75,16 +77,18 @@ func TestFacts(t *testing.T) {
 		InstanceID: "ins-abcd1234", InstanceType: "S5.MEDIUM4", Region: "ap-guangzhou", Zone: "ap-guangzhou-3",
 		VPCID: "vpc-lab00001", SubnetID: "subnet-node0001", MAC: "52:54:00:aa:bb:01",
 		PrivateIP: netip.MustParseAddr("10.0.0.30"), Hostname: host, CAMRole: "TKENodeRole",
+		DataDisks: []string{"disk-abcd1234", "disk-efgh5678"},
 	}
 	s := &service{answers: healthy()}
 	got, err := s.client().Facts(t.Context())
-	if err != nil || got != want {
+	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("Facts = %+v, %v\nwant %+v", got, err, want)
 	}
 	delete(s.answers, "meta-data/cam/security-credentials/")
-	want.CAMRole = ""
-	if got, err = s.client().Facts(t.Context()); err != nil || got != want {
-		t.Errorf("Facts without a role = %+v, %v", got, err)
+	delete(s.answers, "meta-data/volumes/")
+	want.CAMRole, want.DataDisks = "", nil
+	if got, err = s.client().Facts(t.Context()); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("Facts without a role and a disk = %+v, %v", got, err)
 	}
 }
 
@@ -95,6 +99,7 @@ func TestFactsRefusesGarbage(t *testing.T) {
 		"meta-data/mac":                      "52:54:00",
 		"meta-data/local-ipv4":               "10.0.0.300",
 		"meta-data/network/interfaces/macs/": "52:54:00:AA:BB:02/",
+		"meta-data/volumes/":                 "<html>\n",
 		"meta-data/placement/region":         strings.Repeat("a", maxMetadataBytes+1),
 	} {
 		s := &service{answers: healthy()}

@@ -7,6 +7,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"os"
+	"reflect"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -49,7 +50,12 @@ func TestMetadataFacts(t *testing.T) {
 		InstanceID: l.instance.ID, InstanceType: "S5.MEDIUM4", Region: "ap-guangzhou", Zone: "ap-guangzhou-3", ZoneID: 100003, ENIQuota: 4, IPQuota: 10,
 		VPCID: "vpc-lab00001", SubnetID: "subnet-node0001", MAC: f.MAC, PrivateIP: l.instance.PrivateIP, Hostname: host, CAMRole: "TKENodeRole",
 	}
-	if f != want || !strings.HasPrefix(f.MAC, "52:54:00:") || f.PrivateIP.String() != "10.0.0.30" {
+	for _, d := range l.Snapshot().Disks {
+		if !d.System {
+			want.DataDisks = append(want.DataDisks, d.ID)
+		}
+	}
+	if len(want.DataDisks) != 1 || !reflect.DeepEqual(f, want) || !strings.HasPrefix(f.MAC, "52:54:00:") || f.PrivateIP.String() != "10.0.0.30" {
 		t.Errorf("facts %+v\nwant %+v", f, want)
 	}
 	if _, err := l.api.ZoneID(t.Context(), "ap-guangzhou-9"); err == nil {
