@@ -21,8 +21,10 @@ const (
 	// whole is up to what size all of a disk is read, which takes some seconds.
 	whole = 1 << 30
 	// Of a larger disk one block is read at random in each of as many strata, by
-	// a few readers: a cloud disk answers one in about a millisecond.
-	strata  = 4096
+	// a few readers: a cloud disk answers one in about a millisecond, and a Premium
+	// one of 20 GiB two thousand in a second.
+	// Source: https://cloud.tencent.com/document/product/362/2353
+	strata  = 1024
 	readers = 16
 )
 
