@@ -10,12 +10,15 @@
 //	nft map     saddr of a pod → slot of its ENI, as bits of the packet's mark
 //	rule 1536+s fwmark of slot s lookup 4001+s   table 4001+s: default through the ENI, else unreachable
 //
+// A connection that a pod opens to a destination outside of the VPC leaves by the
+// primary ENI, which alone can have a public address, under that ENI's address.
+// A connection that came in by the primary ENI is answered by it.
+//
 // A slot is a number of ours and never a device index: those change with every
 // attach, and tables that follow them have collided with other software's.
 //
-// It is not a network policy, a load balancer or a way out of the VPC, it never
-// configures the primary ENI beyond its reverse path filter, and it deletes
-// nothing that it cannot prove to be its own.
+// It is not a network policy or a load balancer, it never configures the primary
+// ENI beyond its sysctls, and it deletes nothing that it cannot prove to be its own.
 package eni
 
 import (

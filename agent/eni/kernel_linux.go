@@ -119,7 +119,7 @@ func (k *kernel) observe(want []object, links []netlink.Link) ([]object, error) 
 		func() ([]object, error) { return findSettings(want, links) },
 		func() ([]object, error) { return k.findAddresses(names) },
 		func() ([]object, error) { return k.findRules() },
-		k.nft.find,
+		func() ([]object, error) { return k.nft.find(want) },
 		func() ([]object, error) { return k.findRoutes(names) },
 		func() ([]object, error) { return findVeths(links), nil },
 	} {

@@ -83,7 +83,9 @@ type testNode struct {
 }
 
 var (
+	nodeAddr   = netip.MustParseAddr("10.0.0.5")
 	vpcPeer    = netip.MustParseAddr("10.0.0.20")
+	outsider   = netip.MustParseAddr("203.0.113.9")
 	podSubnet  = netip.MustParsePrefix("10.0.16.0/20")
 	primaryMAC = "52:54:00:00:00:01"
 	eniMAC     = "52:54:00:00:00:02"
@@ -119,7 +121,8 @@ func newTestNode(t *testing.T) *testNode {
 	must(t, netlink.RouteAdd(&netlink.Route{Gw: net.IPv4(10, 0, 0, 1)}))
 
 	n.eni = vpc.Port{ENI: "eni-pods0001", MAC: mac(eniMAC), Subnet: "subnet-pods0001", Addrs: addrs("10.0.16.4", "10.0.16.5", "10.0.16.6", "10.0.16.7")}
-	n.sealed.Facts = node.Facts{InstanceID: "ins-00000001", MAC: primaryMAC, PrivateIP: netip.MustParseAddr("10.0.0.5")}
+	n.sealed.Facts = node.Facts{InstanceID: "ins-00000001", MAC: primaryMAC, PrivateIP: nodeAddr}
+	n.sealed.Config.Network.NonMasqueradeCIDRs = prefixes("10.0.0.0/8", "172.16.0.0/12")
 	n.start()
 	t.Cleanup(func() { n.net.Close() })
 	return n
@@ -307,11 +310,17 @@ func tellOrigin(l net.Listener) {
 	}
 }
 
+type dialer func(ctx context.Context, network, addr string) (net.Conn, error)
+
 // origin connects to a tellOrigin and returns what it says.
-func origin(dial func(ctx context.Context, network, addr string) (net.Conn, error), to netip.Addr) (string, error) {
+func origin(dial dialer, to netip.Addr) (string, error) {
+	return originAt(dial, netip.AddrPortFrom(to, 80))
+}
+
+func originAt(dial dialer, to netip.AddrPort) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 	defer cancel()
-	c, err := dial(ctx, "tcp", net.JoinHostPort(to.String(), "80"))
+	c, err := dial(ctx, "tcp", to.String())
 	if err != nil {
 		return "", err
 	}
@@ -337,12 +346,31 @@ func (n *testNode) reach(from *pod, to, as netip.Addr) {
 // reached checks that the VPC reaches the address.
 func (n *testNode) reached(to netip.Addr) {
 	n.t.Helper()
-	dial := func(ctx context.Context, network, addr string) (net.Conn, error) {
-		return n.vpc.DialContext(ctx, vpcPeer, network, addr)
+	n.reachedAt(vpcPeer, netip.AddrPortFrom(to, 80), vpcPeer)
+}
+
+// reachedAt checks that an address of the VPC or outside of it reaches to, and
+// under which address.
+func (n *testNode) reachedAt(from netip.Addr, to netip.AddrPort, as netip.Addr) {
+	n.t.Helper()
+	if got, err := originAt(n.dialFrom(from), to); err != nil || got != as.String() {
+		n.t.Errorf("%s to %s: origin %q, error %v; want origin %s", from, to, got, err, as)
 	}
-	if got, err := origin(dial, to); err != nil || got != vpcPeer.String() {
-		n.t.Errorf("VPC to %s: origin %q, error %v", to, got, err)
+}
+
+func (n *testNode) dialFrom(from netip.Addr) dialer {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		return n.vpc.DialContext(ctx, from, network, addr)
 	}
+}
+
+// listen answers TCP connections at an address of the VPC or outside of it.
+func (n *testNode) listen(at netip.Addr) {
+	n.t.Helper()
+	l, err := n.vpc.Listen(netip.AddrPortFrom(at, 80))
+	must(n.t, err)
+	n.t.Cleanup(func() { l.Close() })
+	go tellOrigin(l)
 }
 
 // noWrongFrames checks that the VPC has dropped nothing for being in the name of
@@ -390,6 +418,13 @@ func mac(s string) net.HardwareAddr {
 		panic(err)
 	}
 	return m
+}
+
+func prefixes(all ...string) (out []netip.Prefix) {
+	for _, s := range all {
+		out = append(out, netip.MustParsePrefix(s))
+	}
+	return out
 }
 
 func addrs(all ...string) (out []netip.Addr) {

@@ -35,25 +35,28 @@ func TestKernelRepairs(t *testing.T) {
 		webAddr, clientAddr := web.add(), client.add()
 		web.listen()
 		host, hostMAC, _ := vethOf(keyOf(web.container()))
+		tableText := "nft table inet tkenode: layout 2, 16 slots, outside by \"eth0\" as 10.0.0.5, inside [10.0.0.0/8 172.16.0.0/12]\n"
 
 		for _, c := range []struct{ script, plan string }{
 			{"ip rule del pref 512", "add rule 512 from all lookup 4000\n"},
-			{"ip rule flush; ip rule add pref 32766 lookup main", "add rule 512 from all lookup 4000\nadd rule 1536 from all fwmark 0x1000000/0x1f000000 lookup 4001\nadd rule 1568 from 10.0.16.4 lookup 4001\n"},
-			{"ip rule add pref 1537 proto 154 fwmark 0x2000000/0x1f000000 lookup 4002", "delete rule 1537 from all fwmark 0x2000000/0x1f000000 lookup 4002\n"},
+			{"ip rule flush; ip rule add pref 32766 lookup main", "add rule 512 from all lookup 4000\nadd rule 1536 from all fwmark 0x1000000/0x3f000000 lookup 4001\nadd rule 1568 from 10.0.16.4 lookup 4001\n"},
+			{"ip rule add pref 1537 proto 154 fwmark 0x2000000/0x3f000000 lookup 4002", "delete rule 1537 from all fwmark 0x2000000/0x3f000000 lookup 4002\n"},
 			{"ip rule add pref 512 proto 154 iif lo lookup 4000", "delete rule 512 from all lookup 4000 iif lo\n"},
 			{"ip route flush table 4001", "add route default metric 4294967295 table 4001: unreachable\nadd route default table 4001: via 10.0.16.1 dev eth1 onlink\n"},
 			{"ip route replace default via 10.0.0.1 dev eth0 onlink table 4001 proto 154", "set route default table 4001: via 10.0.16.1 dev eth1 onlink (was via 10.0.0.1 dev eth0 onlink)\n"},
 			{"ip route flush table 4000", "add route " + webAddr.String() + " table 4000: dev " + host + "\n"},
 			{"ip route add 10.0.31.9 dev eth0 table 4000", "delete route 10.0.31.9 table 4000: "},
-			{"nft delete table inet tkenode", "add nft table inet tkenode: layout 1, 16 slots\n"},
-			{"nft flush ruleset", "add nft table inet tkenode: layout 1, 16 slots\n"},
-			{"nft flush chain inet tkenode pods", "set nft table inet tkenode: layout 1, 16 slots (was rules of chain pods are not ours)\n"},
-			{"nft insert rule inet tkenode pods drop", "set nft table inet tkenode: layout 1, 16 slots (was rules of chain pods are not ours)\n"},
-			{"nft add chain inet tkenode other", "set nft table inet tkenode: layout 1, 16 slots (was with chains that are not ours)\n"},
+			{"nft delete table inet tkenode", "add " + tableText},
+			{"nft flush ruleset", "add " + tableText},
+			{"nft flush chain inet tkenode pods", "set " + strings.TrimSuffix(tableText, "\n") + " (was rules of chain pods are not ours)\n"},
+			{"nft insert rule inet tkenode pods drop", "set " + strings.TrimSuffix(tableText, "\n") + " (was rules of chain pods are not ours)\n"},
+			{"nft add chain inet tkenode other", "set " + strings.TrimSuffix(tableText, "\n") + " (was with chains that are not ours)\n"},
+			{"nft flush chain inet tkenode outside", "(was rules of chain outside are not ours)\n"},
+			{"nft add element inet tkenode inside { 203.0.113.0/24 }", "(was another inside)\n"},
 			{"nft flush map inet tkenode pods", "add nft pod " + webAddr.String() + ": slot 0\n"},
-			{"nft delete element inet tkenode pods { " + clientAddr.String() + " }; nft add element inet tkenode pods { " + clientAddr.String() + " : goto slot3 }",
+			{"nft delete element inet tkenode pods { " + clientAddr.String() + " }; nft add element inet tkenode pods { " + clientAddr.String() + " : jump slot3 }",
 				"set nft pod " + clientAddr.String() + ": slot 0 (was slot 3)\n"},
-			{"nft add element inet tkenode pods { 10.0.16.99 : goto slot0 }", "delete nft pod 10.0.16.99: slot 0\n"},
+			{"nft add element inet tkenode pods { 10.0.16.99 : jump slot0 }", "delete nft pod 10.0.16.99: slot 0\n"},
 			{"sysctl -qw net.ipv4.ip_forward=0", "set sysctl net/ipv4/ip_forward: 1 (was 0)\n"},
 			{"sysctl -qw net.ipv4.conf.eth1.rp_filter=1 net.ipv4.conf.eth0.rp_filter=1 net.ipv4.conf.all.rp_filter=1", "set sysctl net/ipv4/conf/eth1/rp_filter: 2 (was 1)\n"},
 			{"ip link set eth1 down", "set link eth1: up (was down)\nadd route default table 4001: via 10.0.16.1 dev eth1 onlink\n"},

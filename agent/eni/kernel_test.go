@@ -3,7 +3,6 @@
 package eni
 
 import (
-	"net/netip"
 	"os"
 	"strings"
 	"testing"
@@ -37,10 +36,7 @@ func TestKernelPodHasVPCAddress(t *testing.T) {
 			t.Errorf("plan after ADD:\n%s", p)
 		}
 		web.listen()
-		l, err := n.vpc.Listen(netip.AddrPortFrom(vpcPeer, 80))
-		must(t, err)
-		go tellOrigin(l)
-		defer l.Close()
+		n.listen(vpcPeer)
 		n.reached(webAddr)
 		n.reach(client, webAddr, clientAddr)
 		n.reach(client, vpcPeer, clientAddr)

@@ -10,44 +10,16 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
-	"github.com/google/nftables/userdata"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// Our nftables table, as nft prints it:
-//
-//	table inet tkenode {
-//		map pods { type ipv4_addr : verdict }
-//		chain slot0 { meta mark set meta mark & 0xe0ffffff | 0x01000000 }
-//		...
-//		chain pods {
-//			type filter hook prerouting priority mangle; policy accept;
-//			iifname "eni*" meta nfproto ipv4 ip saddr vmap @pods
-//			iifname "eni*" meta nfproto ipv4 counter drop
-//		}
-//	}
-//
-// One lookup finds the slot of any number of pods; other bits of the mark are
-// kept. What comes from a pod with an address that is not a pod's is dropped,
-// since without a mark it would leave by the primary ENI.
+// nft is a connection to nftables of this network namespace.
 type nft struct {
 	conn *nftables.Conn
 	sock *netlink.Conn // of conn
 }
-
-// nftLayout names the layout above in the text of plans; every rule carries it,
-// so that rules that another version made are replaced.
-var nftLayout = fmt.Sprintf("layout 1, %d slots", maxSlots)
-
-var (
-	nfTable = &nftables.Table{Name: nftTable, Family: nftables.TableFamilyINet}
-	nfMap   = &nftables.Set{Table: nfTable, Name: "pods", IsMap: true, KeyType: nftables.TypeIPAddr, DataType: nftables.TypeVerdict}
-)
-
-const slotChain = "slot"
 
 // openNFT opens a socket that lasts: closing one that has removed something waits
 // until every CPU has let go of it.
@@ -88,44 +60,6 @@ func (f *nft) flush() error {
 	return err
 }
 
-// layout returns the chains and the rules of the table.
-func layout() ([]*nftables.Chain, []*nftables.Rule) {
-	policy := nftables.ChainPolicyAccept
-	base := &nftables.Chain{
-		Name: "pods", Table: nfTable, Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityMangle, Policy: &policy,
-	}
-	chains := []*nftables.Chain{base}
-	fromPod := []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte(hostPrefix)},
-		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.NFPROTO_IPV4}},
-	}
-	rules := []*nftables.Rule{
-		{Table: nfTable, Chain: base, Exprs: append(slices.Clone(fromPod),
-			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4},
-			&expr.Lookup{SourceRegister: 1, SetName: nfMap.Name, IsDestRegSet: true})},
-		{Table: nfTable, Chain: base, Exprs: append(slices.Clone(fromPod),
-			&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop})},
-	}
-	for slot := range maxSlots {
-		c := &nftables.Chain{Name: fmt.Sprint(slotChain, slot), Table: nfTable}
-		chains = append(chains, c)
-		rules = append(rules, &nftables.Rule{Table: nfTable, Chain: c, Exprs: []expr.Any{
-			&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
-			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
-				Mask: binaryutil.NativeEndian.PutUint32(^uint32(markMask)),
-				Xor:  binaryutil.NativeEndian.PutUint32(slotMark(slot))},
-			&expr.Meta{Key: expr.MetaKeyMARK, Register: 1, SourceRegister: true},
-		}})
-	}
-	for _, r := range rules {
-		r.UserData = userdata.AppendString(nil, userdata.TypeComment, nftLayout)
-	}
-	return chains, rules
-}
-
 // put replaces the whole table in one transaction, so that no packet sees a part
 // of it. Pods that are in its map stay in it.
 func (o table) put(k *kernel) error {
@@ -140,12 +74,12 @@ func (o table) put(k *kernel) error {
 	c.AddTable(nfTable)
 	c.DelTable(nfTable)
 	c.AddTable(nfTable)
-	chains, rules := layout()
+	chains, rules := o.chains()
 	for _, chain := range chains {
 		c.AddChain(chain)
 	}
-	m := *nfMap
-	if err := c.AddSet(&m, nil); err != nil {
+	pods, inside := nfPods, nfInside // the library writes to them
+	if err := errors.Join(c.AddSet(&pods, nil), c.AddSet(&inside, intervals(o.inside))); err != nil {
 		return err
 	}
 	for _, r := range rules {
@@ -159,15 +93,16 @@ func (o table) put(k *kernel) error {
 		}
 	}
 	for part := range slices.Chunk(keep, batch) {
-		if err := c.SetAddElements(&m, part); err != nil {
+		if err := c.SetAddElements(&pods, part); err != nil {
 			return err
 		}
 	}
 	return k.nft.flush()
 }
 
-// find returns the table, if there is one, and its elements.
-func (f *nft) find() ([]object, error) {
+// find returns the table, if there is one, compared with the one in want, and its
+// elements.
+func (f *nft) find(want []object) ([]object, error) {
 	c, err := f.begin()
 	if err != nil {
 		return nil, err
@@ -179,11 +114,15 @@ func (f *nft) find() ([]object, error) {
 	if !slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == nftTable }) {
 		return nil, nil
 	}
-	found, err := f.inspect()
-	if err != nil {
-		return nil, err
+	var have []object
+	for _, o := range want {
+		if t, ok := o.(table); ok {
+			if t.found, err = f.inspect(t); err != nil {
+				return nil, err
+			}
+			have = append(have, t)
+		}
 	}
-	have := []object{found}
 	elements, err := f.elements()
 	if err != nil {
 		return nil, err
@@ -194,24 +133,33 @@ func (f *nft) find() ([]object, error) {
 	return have, nil
 }
 
-// hasMap reports whether there is a map of pods.
-func (f *nft) hasMap() (bool, error) {
-	_, err := f.conn.GetSetByName(nfTable, nfMap.Name)
+// has reports whether there is a set or map.
+func (f *nft) has(set nftables.Set) (bool, error) {
+	_, err := f.conn.GetSetByName(nfTable, set.Name)
 	if err != nil && !errors.Is(err, unix.ENOENT) {
-		return false, fmt.Errorf("look for nftables map: %w", err)
+		return false, fmt.Errorf("look for nftables set %s: %w", set.Name, err)
 	}
 	return err == nil, nil
 }
 
-// elements returns the map of pods, empty if there is none.
-func (f *nft) elements() ([]element, error) {
-	ok, err := f.hasMap()
+// list returns the elements of a set or map, none if it is not there.
+func (f *nft) list(set nftables.Set) ([]nftables.SetElement, error) {
+	ok, err := f.has(set)
 	if err != nil || !ok {
 		return nil, err
 	}
-	all, err := f.conn.GetSetElements(nfMap)
+	all, err := f.conn.GetSetElements(&set)
 	if err != nil {
-		return nil, fmt.Errorf("list nftables elements: %w", err)
+		return nil, fmt.Errorf("list nftables set %s: %w", set.Name, err)
+	}
+	return all, nil
+}
+
+// elements returns the map of pods, empty if there is none.
+func (f *nft) elements() ([]element, error) {
+	all, err := f.list(nfPods)
+	if err != nil {
+		return nil, err
 	}
 	elements := make([]element, 0, len(all))
 	for _, e := range all {
@@ -243,15 +191,24 @@ func slotOf(verdict []byte) int {
 	return slot
 }
 
-// inspect compares the table with the layout.
-func (f *nft) inspect() (table, error) {
-	chains, rules := layout()
-	if ok, err := f.hasMap(); err != nil || !ok {
-		return table{"without its map"}, err
+// inspect says in what the table differs from the one that is wanted.
+func (f *nft) inspect(want table) (string, error) {
+	for _, set := range []nftables.Set{nfPods, nfInside} {
+		if ok, err := f.has(set); err != nil || !ok {
+			return "without " + set.Name, err
+		}
 	}
+	inside, err := f.list(nfInside)
+	if err != nil {
+		return "", err
+	}
+	if !slices.Equal(bounds(inside), bounds(intervals(want.inside))) {
+		return "another inside", nil
+	}
+	chains, rules := want.chains()
 	all, err := f.conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
 	if err != nil {
-		return table{}, fmt.Errorf("list nftables chains: %w", err)
+		return "", fmt.Errorf("list nftables chains: %w", err)
 	}
 	have := map[string]string{}
 	for _, c := range all {
@@ -261,26 +218,32 @@ func (f *nft) inspect() (table, error) {
 	}
 	for _, c := range chains {
 		if have[c.Name] != hookOf(c) {
-			return table{"chain " + c.Name + " is not ours"}, nil
+			return "chain " + c.Name + " is not ours", nil
 		}
 		got, err := f.conn.GetRules(nfTable, c)
 		if err != nil {
-			return table{}, fmt.Errorf("list nftables rules: %w", err)
+			return "", fmt.Errorf("list nftables rules: %w", err)
 		}
-		var want []*nftables.Rule
-		for _, r := range rules {
-			if r.Chain == c {
-				want = append(want, r)
-			}
-		}
-		if !slices.EqualFunc(got, want, sameRule) {
-			return table{"rules of chain " + c.Name + " are not ours"}, nil
+		ours := slices.DeleteFunc(slices.Clone(rules), func(r *nftables.Rule) bool { return r.Chain != c })
+		if !slices.EqualFunc(got, ours, sameRule) {
+			return "rules of chain " + c.Name + " are not ours", nil
 		}
 	}
 	if len(have) != len(chains) {
-		return table{"with chains that are not ours"}, nil
+		return "with chains that are not ours", nil
 	}
-	return table{}, nil
+	return "", nil
+}
+
+// bounds are the ends of intervals, in order. The kernel may add one at 0.0.0.0.
+func bounds(elements []nftables.SetElement) (out []string) {
+	for _, e := range elements {
+		if addr, ok := netip.AddrFromSlice(e.Key); ok && !(e.IntervalEnd && addr.IsUnspecified()) {
+			out = append(out, fmt.Sprint(addr, e.IntervalEnd))
+		}
+	}
+	slices.Sort(out)
+	return out
 }
 
 // hookOf returns what makes a chain a base chain.
@@ -300,7 +263,7 @@ func sameRule(a, b *nftables.Rule) bool {
 func (o element) nftables() []nftables.SetElement {
 	return []nftables.SetElement{{
 		Key:         o.addr.AsSlice(),
-		VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: fmt.Sprint(slotChain, o.slot)},
+		VerdictData: &expr.Verdict{Kind: expr.VerdictJump, Chain: fmt.Sprint(slotChain, o.slot)},
 	}}
 }
 
@@ -309,7 +272,7 @@ func (o element) put(k *kernel) error {
 	if err != nil {
 		return err
 	}
-	if err := c.SetAddElements(nfMap, o.nftables()); err != nil {
+	if err := c.SetAddElements(&nfPods, o.nftables()); err != nil {
 		return err
 	}
 	if err := k.nft.flush(); !errors.Is(err, unix.EEXIST) {
@@ -319,7 +282,7 @@ func (o element) put(k *kernel) error {
 	if c, err = k.nft.begin(); err != nil {
 		return err
 	}
-	if err := errors.Join(c.SetDeleteElements(nfMap, o.nftablesKey()), c.SetAddElements(nfMap, o.nftables())); err != nil {
+	if err := errors.Join(c.SetDeleteElements(&nfPods, o.nftablesKey()), c.SetAddElements(&nfPods, o.nftables())); err != nil {
 		return err
 	}
 	return k.nft.flush()
@@ -330,7 +293,7 @@ func (o element) drop(k *kernel) error {
 	if err != nil {
 		return err
 	}
-	if err := c.SetDeleteElements(nfMap, o.nftablesKey()); err != nil {
+	if err := c.SetDeleteElements(&nfPods, o.nftablesKey()); err != nil {
 		return err
 	}
 	return ignore(k.nft.flush(), unix.ENOENT)

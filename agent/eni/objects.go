@@ -106,14 +106,25 @@ func (o rule) key() string {
 func (o rule) attr() string { return "" }
 
 // table is our nftables table with all in it but the pods.
-type table struct{ found string }
+type table struct {
+	dev     string         // of the primary ENI; empty: it is not there
+	primary netip.Addr     // of the primary ENI
+	inside  []netip.Prefix // destinations that see a pod's own address
+	found   string         // when it is not as it was wanted
+}
 
 func (o table) key() string { return "nft table inet " + nftTable }
 func (o table) attr() string {
 	if o.found != "" {
 		return o.found
 	}
-	return nftLayout
+	return fmt.Sprintf("%s, inside %v", o.layout(), o.inside)
+}
+
+// layout names the chains and rules of the table. Every rule carries it, so that
+// rules that another version made, or for another device, are replaced.
+func (o table) layout() string {
+	return fmt.Sprintf("layout 2, %d slots, outside by %q as %s", maxSlots, o.dev, o.primary)
 }
 
 // element is a pod's address in the map from addresses to slots.

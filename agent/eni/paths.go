@@ -83,7 +83,7 @@ func (p *Paths) Plan(ctx context.Context) (node.Plan, error) {
 	if s.Instance != sealed.Facts.InstanceID {
 		return plan, node.Waiting("LedgerNotBegun", "the ledger is not of this instance yet")
 	}
-	steps, sc, err := p.observe(ctx, sealed.Facts.MAC)
+	steps, sc, err := p.observe(ctx, policyOf(sealed))
 	if err != nil {
 		return plan, err
 	}
@@ -102,7 +102,7 @@ func (p *Paths) Plan(ctx context.Context) (node.Plan, error) {
 
 // observe returns what is to be done. While a pod is being wired the kernel is
 // between two states; then it looks again, and at last keeps ADDs out.
-func (p *Paths) observe(ctx context.Context, primary string) ([]step, scene, error) {
+func (p *Paths) observe(ctx context.Context, pol policy) ([]step, scene, error) {
 	p.observing.Lock()
 	defer p.observing.Unlock()
 	if p.eyes == nil {
@@ -118,7 +118,7 @@ func (p *Paths) observe(ctx context.Context, primary string) ([]step, scene, err
 			defer p.mu.Unlock()
 		}
 		before := p.moves.Load()
-		steps, sc, err := p.compare(primary)
+		steps, sc, err := p.compare(pol)
 		if err != nil || ctx.Err() != nil {
 			return nil, sc, errors.Join(err, ctx.Err())
 		}
@@ -128,7 +128,7 @@ func (p *Paths) observe(ctx context.Context, primary string) ([]step, scene, err
 	}
 }
 
-func (p *Paths) compare(primary string) ([]step, scene, error) {
+func (p *Paths) compare(pol policy) ([]step, scene, error) {
 	s, err := p.network.ledger.state()
 	if err != nil {
 		return nil, scene{}, err
@@ -139,7 +139,7 @@ func (p *Paths) compare(primary string) ([]step, scene, error) {
 	}
 	links = slices.DeleteFunc(links, func(l netlink.Link) bool { return p.isDying(l.Attrs().Name) })
 	sc := survey(s, links)
-	sc.primary = primary
+	sc.policy = pol
 	sc.files = p.files()
 	want := desired(s, sc)
 	have, err := p.eyes.observe(want, links)

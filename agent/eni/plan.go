@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/tkenode/tkenode/agent/eni/cni"
+	"github.com/tkenode/tkenode/agent/node"
 )
 
 // What is ours in the kernel. The numbers are free of those that iproute2,
@@ -27,7 +28,10 @@ const (
 	// maxSlots bounds the slots: no instance type has more secondary ENIs.
 	maxSlots  = 16
 	markShift = 24
-	markMask  = 0x1f << markShift
+	markMask  = 0x3f << markShift
+	// primaryMark is the mark of packets of pods that leave by the primary ENI,
+	// and a bit of the mark of their connections.
+	primaryMark = 0x20 << markShift
 
 	lastMetric = 1<<32 - 1
 
@@ -103,24 +107,36 @@ type device struct {
 	mtu   int
 }
 
+// policy is what the NodeConfig and the instance's facts say about the packets of
+// pods.
+type policy struct {
+	primaryMAC string
+	primary    netip.Addr     // of the primary ENI, under which pods are seen outside of the VPC
+	inside     []netip.Prefix // destinations that see a pod's own address
+}
+
+func policyOf(s node.Sealed) policy {
+	return policy{primaryMAC: s.Facts.MAC, primary: s.Facts.PrivateIP, inside: s.Config.Network.NonMasqueradeCIDRs}
+}
+
 // scene is what has to be known of the kernel to say what is wanted in it.
 type scene struct {
+	policy
 	devices map[string]device       // by MAC
 	alive   map[cni.Attachment]bool // pods whose network namespace is there
 	wired   map[cni.Attachment]bool // pods whose veth is there
 	files   []file                  // to be written once the network is configured
-	primary string                  // MAC of the primary ENI
 }
 
 // desired is all that is wanted in the kernel, but for the inside of pods that
 // are wired: those are looked at by CHECK.
 func desired(s state, sc scene) []object {
 	want := []object{sysctl{"net/ipv4/ip_forward", "1"}}
-	if dev, ok := sc.devices[sc.primary]; ok {
-		// An answer from outside the VPC to a pod comes in by the primary ENI.
-		want = append(want, looseReversePath(dev.name))
+	primary, ok := sc.devices[sc.primaryMAC]
+	if ok {
+		want = append(want, looseReversePath(primary.name))
 	}
-	want = append(want, table{}, rule{priority: podPriority, table: podTable})
+	want = append(want, table{dev: primary.name, primary: sc.primary, inside: sc.inside}, rule{priority: podPriority, table: podTable})
 	configured := false
 	missing := false
 	for _, slot := range s.slots() {

@@ -75,7 +75,11 @@ func (c pathsCase) want() []object {
 	}
 	sc := scene{
 		devices: map[string]device{}, wired: map[cni.Attachment]bool{}, alive: map[cni.Attachment]bool{},
-		files: []file{{"/etc/cni/net.d/10-tke-eni.conflist", "{}"}}, primary: "52:54:00:00:00:01",
+		files: []file{{"/etc/cni/net.d/10-tke-eni.conflist", "{}"}},
+		policy: policy{
+			primaryMAC: "52:54:00:00:00:01", primary: netip.MustParseAddr("10.0.0.5"),
+			inside: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
+		},
 	}
 	for mac, name := range c.Devices {
 		sc.devices[mac] = device{name: name, mtu: 1500}

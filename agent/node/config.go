@@ -80,6 +80,9 @@ type NetworkConfig struct {
 	ENIs             int       `json:"enis,omitempty" yaml:"enis"`               // secondary ENIs at most; 0: the instance's quota
 	IPsPerENI        int       `json:"ipsPerENI,omitempty" yaml:"ipsPerENI"`     // pod addresses at most on each; 0: the instance's quota
 	WarmIPs          WarmIPs   `json:"warmIPs" yaml:"warmIPs"`
+	// NonMasqueradeCIDRs are the destinations that see a pod's own address; to all
+	// others a pod has the primary ENI's. Default: the private networks.
+	NonMasqueradeCIDRs []netip.Prefix `json:"nonMasqueradeCIDRs" yaml:"nonMasqueradeCIDRs"`
 }
 
 // WarmIPs says how many addresses are held that no pod uses, as TKE's

@@ -169,6 +169,37 @@ func (v *validator) network(n *node.NetworkConfig) {
 	if n.WarmIPs.Max < n.WarmIPs.Min {
 		v.problem("network.warmIPs.max", "found %d, which is less than network.warmIPs.min, %d", n.WarmIPs.Max, n.WarmIPs.Min)
 	}
+	v.ranges("network.nonMasqueradeCIDRs", n.NonMasqueradeCIDRs)
+}
+
+// maxRanges bounds a list of address ranges.
+const maxRanges = 100
+
+func (v *validator) ranges(field string, ranges []netip.Prefix) {
+	switch {
+	case len(ranges) == 0:
+		v.problem(field, "is empty, so that not even the VPC would see a pod's own address; leave it out, or write the destinations that shall")
+	case len(ranges) > maxRanges:
+		v.problem(field, "found %d ranges, expected at most %d", len(ranges), maxRanges)
+		return
+	}
+	for i, p := range ranges {
+		at := index(field, i)
+		switch {
+		case !p.Addr().Is4():
+			v.problem(at, "found %s, expected an IPv4 range such as 10.0.0.0/8", quote(p.String()))
+			continue
+		case p != p.Masked():
+			v.problem(at, "found %s, whose address has bits beyond the prefix; did you mean %s?", p, p.Masked())
+			continue
+		}
+		for j, o := range ranges {
+			if j != i && p.Overlaps(o) && (o.Bits() < p.Bits() || o == p && j < i) {
+				v.problem(at, "%s is in %s's %s already; keep one", p, index(field, j), o)
+				break
+			}
+		}
+	}
 }
 
 // limit checks a number that may be left out.

@@ -1,0 +1,171 @@
+package eni
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
+)
+
+// Our nftables table, as nft prints it, on a node whose primary ENI is eth0 with
+// the address 10.0.0.5:
+//
+//	table inet tkenode {
+//		map pods { type ipv4_addr : verdict }                   # address of a pod: its slot
+//		set inside { type ipv4_addr; flags interval }           # who sees a pod's own address
+//		chain slot0 { meta mark set meta mark & 0xc0ffffff | 0x01000000 }
+//		...
+//		chain pods {
+//			type filter hook prerouting priority dstnat + 10; policy accept;
+//			iifname "eth0" ct status ! confirmed ct mark set ct mark | 0x20000000
+//			iifname != "eni*" accept
+//			meta nfproto != ipv4 accept
+//			ip saddr vmap @pods
+//			meta mark & 0x3f000000 == 0 counter drop
+//			ip daddr != @inside ct status ! confirmed ct mark set ct mark | 0x20000000
+//			ct mark & 0x20000000 != 0 meta mark set meta mark & 0xc0ffffff | 0x20000000
+//		}
+//		chain outside {
+//			type nat hook postrouting priority srcnat; policy accept;
+//			oifname "eth0" meta mark & 0x3f000000 == 0x20000000 snat ip to 10.0.0.5 fully-random
+//		}
+//	}
+//
+// One lookup finds the slot of any number of pods, one more whether a destination
+// is inside; other bits of both marks are kept. What comes from a pod with an
+// address that is not a pod's is dropped.
+//
+// Which ENI a connection uses is decided by its first packet, and its mark
+// remembers it: source NAT is decided then, too, and an answer must leave by the
+// ENI that its question came in by. One that came in by the primary ENI, to a
+// NodePort or hostPort, is answered through it; one that came from outside to a
+// pod's own address, as from a CLB, is answered through the pod's ENI. The chain
+// comes after destination NAT, so that a Service is inside if its endpoint is.
+var (
+	nfTable  = &nftables.Table{Name: nftTable, Family: nftables.TableFamilyINet}
+	nfPods   = nftables.Set{Table: nfTable, Name: "pods", IsMap: true, KeyType: nftables.TypeIPAddr, DataType: nftables.TypeVerdict}
+	nfInside = nftables.Set{Table: nfTable, Name: "inside", Interval: true, KeyType: nftables.TypeIPAddr}
+)
+
+const slotChain = "slot"
+
+// chains returns the chains of the table with their rules.
+func (o table) chains() ([]*nftables.Chain, []*nftables.Rule) {
+	policy := nftables.ChainPolicyAccept
+	pods := &nftables.Chain{
+		Name: "pods", Table: nfTable, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRef(*nftables.ChainPriorityNATDest + 10), Policy: &policy,
+	}
+	outside := &nftables.Chain{
+		Name: "outside", Table: nfTable, Type: nftables.ChainTypeNAT,
+		Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource, Policy: &policy,
+	}
+	chains := []*nftables.Chain{pods, outside}
+	var rules []*nftables.Rule
+	add := func(c *nftables.Chain, parts ...[]expr.Any) {
+		r := &nftables.Rule{Table: nfTable, Chain: c, UserData: userdata.AppendString(nil, userdata.TypeComment, o.layout())}
+		for _, p := range parts {
+			r.Exprs = append(r.Exprs, p...)
+		}
+		rules = append(rules, r)
+	}
+	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
+
+	add(pods, deviceIs(expr.MetaKeyIIFNAME, o.dev), firstPacket, usePrimary)
+	add(pods, compare(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, expr.CmpOpNeq, []byte(hostPrefix)), accept)
+	add(pods, compare(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, expr.CmpOpNeq, []byte{unix.NFPROTO_IPV4}), accept)
+	add(pods, lookup(sourceOffset, &expr.Lookup{SetName: nfPods.Name, IsDestRegSet: true}))
+	add(pods, masked(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, markMask, expr.CmpOpEq, 0),
+		[]expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}})
+	add(pods, lookup(destinationOffset, &expr.Lookup{SetName: nfInside.Name, Invert: true}), firstPacket, usePrimary)
+	add(pods, masked(&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, primaryMark, expr.CmpOpNeq, 0), setMark(primaryMark))
+
+	add(outside, deviceIs(expr.MetaKeyOIFNAME, o.dev), masked(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, markMask, expr.CmpOpEq, primaryMark), []expr.Any{
+		&expr.Immediate{Register: 1, Data: o.primary.AsSlice()},
+		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, FullyRandom: true},
+	})
+	for slot := range maxSlots {
+		c := &nftables.Chain{Name: fmt.Sprint(slotChain, slot), Table: nfTable}
+		chains = append(chains, c)
+		add(c, setMark(slotMark(slot)))
+	}
+	return chains, rules
+}
+
+// Where the addresses of an IPv4 header are.
+const (
+	sourceOffset      = 12
+	destinationOffset = 16
+)
+
+var (
+	// firstPacket matches the packet that begins a connection, and no other: of a
+	// connection that is never answered, every packet would be of state new.
+	firstPacket = masked(&expr.Ct{Key: expr.CtKeySTATUS, Register: 1}, statusConfirmed, expr.CmpOpEq, 0)
+	// usePrimary remembers that the connection uses the primary ENI.
+	usePrimary = []expr.Any{
+		&expr.Ct{Key: expr.CtKeyMARK, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: host32(^uint32(primaryMark)), Xor: host32(primaryMark)},
+		&expr.Ct{Key: expr.CtKeyMARK, Register: 1, SourceRegister: true},
+	}
+)
+
+// statusConfirmed is IPS_CONFIRMED.
+// Source: include/uapi/linux/netfilter/nf_conntrack_common.h
+const statusConfirmed = 1 << 3
+
+// setMark sets our bits of the packet's mark.
+func setMark(mark uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: host32(^uint32(markMask)), Xor: host32(mark)},
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1, SourceRegister: true},
+	}
+}
+
+// deviceIs compares a device's name, all 16 bytes of it.
+func deviceIs(key expr.MetaKey, name string) []expr.Any {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, name)
+	return compare(&expr.Meta{Key: key, Register: 1}, expr.CmpOpEq, b)
+}
+
+func compare(load expr.Any, op expr.CmpOp, data []byte) []expr.Any {
+	return []expr.Any{load, &expr.Cmp{Op: op, Register: 1, Data: data}}
+}
+
+// masked compares bits of what load puts in register 1.
+func masked(load expr.Any, mask uint32, op expr.CmpOp, value uint32) []expr.Any {
+	return []expr.Any{
+		load,
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: host32(mask), Xor: host32(0)},
+		&expr.Cmp{Op: op, Register: 1, Data: host32(value)},
+	}
+}
+
+// lookup looks an address of the packet up in a set or map.
+func lookup(offset uint32, in *expr.Lookup) []expr.Any {
+	in.SourceRegister = 1
+	return []expr.Any{&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4}, in}
+}
+
+func host32(v uint32) []byte { return binaryutil.NativeEndian.PutUint32(v) }
+
+// intervals returns the elements of a set of prefixes: the first address of each,
+// and the first after it.
+func intervals(prefixes []netip.Prefix) (out []nftables.SetElement) {
+	for _, p := range prefixes {
+		first := p.Masked().Addr().As4()
+		out = append(out, nftables.SetElement{Key: first[:]})
+		end := uint64(binary.BigEndian.Uint32(first[:])) + 1<<(32-p.Bits())
+		if end < 1<<32 {
+			out = append(out, nftables.SetElement{Key: binary.BigEndian.AppendUint32(nil, uint32(end)), IntervalEnd: true})
+		}
+	}
+	return out
+}
