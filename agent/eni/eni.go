@@ -13,6 +13,8 @@
 // A connection that a pod opens to a destination outside of the VPC leaves by the
 // primary ENI, which alone can have a public address, under that ENI's address.
 // A connection that came in by the primary ENI is answered by it.
+// The metadata service, which has the CAM role's credentials, answers only pods
+// that the NodeConfig names.
 //
 // A slot is a number of ours and never a device index: those change with every
 // attach, and tables that follow them have collided with other software's.
@@ -124,6 +126,12 @@ func (n *Network) current() (node.Sealed, state, error) {
 	return sealed, s, err
 }
 
+// policy returns what the configuration in force says about packets.
+func (n *Network) policy() policy {
+	sealed, _ := n.sealed()
+	return policyOf(sealed)
+}
+
 // setBlocked remembers why no address can be had, for whoever waits for one.
 func (n *Network) setBlocked(err error) {
 	n.mu.Lock()
@@ -137,6 +145,9 @@ type State struct {
 	Pods []Pod      `json:"pods"`
 	// Blocked says why the pool gets no more addresses, if it wants some.
 	Blocked string `json:"blocked,omitempty"`
+	// MetadataRefused counts packets of pods that may not ask the metadata service,
+	// since the agent last made its nftables table.
+	MetadataRefused uint64 `json:"metadataRefused"`
 }
 
 // ENIState is one secondary ENI.
@@ -167,6 +178,9 @@ func (n *Network) State() (State, error) {
 		out.Blocked = n.blocked.Error()
 	}
 	n.mu.Unlock()
+	if out.MetadataRefused, err = n.paths.refused(); err != nil {
+		return State{}, err
+	}
 	now := time.Now()
 	for _, slot := range s.slots() {
 		if slot.ENI == "" && slot.Intent == "" {

@@ -35,7 +35,7 @@ func TestKernelRepairs(t *testing.T) {
 		webAddr, clientAddr := web.add(), client.add()
 		web.listen()
 		host, hostMAC, _ := vethOf(keyOf(web.container()))
-		tableText := "nft table inet tkenode: layout 2, 16 slots, outside by \"eth0\" as 10.0.0.5, inside [10.0.0.0/8 172.16.0.0/12]\n"
+		tableText := "nft table inet tkenode: layout 3, 16 slots, outside by \"eth0\" as 10.0.0.5, inside [10.0.0.0/8 172.16.0.0/12]\n"
 
 		for _, c := range []struct{ script, plan string }{
 			{"ip rule del pref 512", "add rule 512 from all lookup 4000\n"},
@@ -53,6 +53,8 @@ func TestKernelRepairs(t *testing.T) {
 			{"nft add chain inet tkenode other", "set " + strings.TrimSuffix(tableText, "\n") + " (was with chains that are not ours)\n"},
 			{"nft flush chain inet tkenode outside", "(was rules of chain outside are not ours)\n"},
 			{"nft add element inet tkenode inside { 203.0.113.0/24 }", "(was another inside)\n"},
+			{"nft flush chain inet tkenode guard", "(was rules of chain guard are not ours)\n"},
+			{"nft add element inet tkenode metadata { 10.0.16.99 }", "delete nft metadata 10.0.16.99\n"},
 			{"nft flush map inet tkenode pods", "add nft pod " + webAddr.String() + ": slot 0\n"},
 			{"nft delete element inet tkenode pods { " + clientAddr.String() + " }; nft add element inet tkenode pods { " + clientAddr.String() + " : jump slot3 }",
 				"set nft pod " + clientAddr.String() + ": slot 0 (was slot 3)\n"},
@@ -111,13 +113,13 @@ func TestKernelInterrupted(t *testing.T) {
 		before := n.kernelDump()
 		p := newPod(t, "web")
 		pod := Pod{Attachment: keyOf(p.container()), Namespace: "default", Name: "web", NetNS: p.path()}
-		steps := len(podObjects(pod))
+		steps := len(n.net.policy().podObjects(pod))
 		for done := range steps + 1 {
 			got, _, err := n.net.ledger.allocate(pod, map[int]int{0: 1500}, time.Now().Add(time.Duration(done)*2*coolDown))
 			must(t, err)
 			k, err := n.net.paths.begin()
 			must(t, err)
-			for _, o := range podObjects(got)[:done] {
+			for _, o := range n.net.policy().podObjects(got)[:done] {
 				must(t, o.put(k))
 			}
 			n.net.paths.end(k)

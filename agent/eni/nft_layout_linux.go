@@ -18,6 +18,7 @@ import (
 //	table inet tkenode {
 //		map pods { type ipv4_addr : verdict }                   # address of a pod: its slot
 //		set inside { type ipv4_addr; flags interval }           # who sees a pod's own address
+//		set metadata { type ipv4_addr }                         # pods that may ask for metadata
 //		chain slot0 { meta mark set meta mark & 0xc0ffffff | 0x01000000 }
 //		...
 //		chain pods {
@@ -34,6 +35,15 @@ import (
 //			type nat hook postrouting priority srcnat; policy accept;
 //			oifname "eth0" meta mark & 0x3f000000 == 0x20000000 snat ip to 10.0.0.5 fully-random
 //		}
+//		chain guard {
+//			type filter hook forward priority filter; policy accept;
+//			iifname "eni*" ip daddr 169.254.0.23 ip saddr != @metadata jump refuse
+//		}
+//		chain refuse {
+//			counter
+//			meta l4proto tcp reject with tcp reset
+//			reject with icmpx admin-prohibited
+//		}
 //	}
 //
 // One lookup finds the slot of any number of pods, one more whether a destination
@@ -46,11 +56,22 @@ import (
 // NodePort or hostPort, is answered through it; one that came from outside to a
 // pod's own address, as from a CLB, is answered through the pod's ENI. The chain
 // comes after destination NAT, so that a Service is inside if its endpoint is.
+//
+// The metadata service gives the CAM role's credentials and the user-data to
+// whoever asks. A pod that may not is told so at once: by a reset, which unlike
+// ICMP errors the kernel sends at any rate.
 var (
 	nfTable  = &nftables.Table{Name: nftTable, Family: nftables.TableFamilyINet}
 	nfPods   = nftables.Set{Table: nfTable, Name: "pods", IsMap: true, KeyType: nftables.TypeIPAddr, DataType: nftables.TypeVerdict}
 	nfInside = nftables.Set{Table: nfTable, Name: "inside", Interval: true, KeyType: nftables.TypeIPAddr}
+	nfPermit = nftables.Set{Table: nfTable, Name: "metadata", KeyType: nftables.TypeIPAddr}
+
+	nfRefuse = &nftables.Chain{Name: "refuse", Table: nfTable}
 )
+
+// metadataAddr is the metadata service's.
+// Source: https://cloud.tencent.com/document/product/213/4934
+var metadataAddr = netip.AddrFrom4([4]byte{169, 254, 0, 23})
 
 const slotChain = "slot"
 
@@ -65,7 +86,11 @@ func (o table) chains() ([]*nftables.Chain, []*nftables.Rule) {
 		Name: "outside", Table: nfTable, Type: nftables.ChainTypeNAT,
 		Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource, Policy: &policy,
 	}
-	chains := []*nftables.Chain{pods, outside}
+	guard := &nftables.Chain{
+		Name: "guard", Table: nfTable, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter, Policy: &policy,
+	}
+	chains := []*nftables.Chain{pods, outside, guard, nfRefuse}
 	var rules []*nftables.Rule
 	add := func(c *nftables.Chain, parts ...[]expr.Any) {
 		r := &nftables.Rule{Table: nfTable, Chain: c, UserData: userdata.AppendString(nil, userdata.TypeComment, o.layout())}
@@ -89,6 +114,16 @@ func (o table) chains() ([]*nftables.Chain, []*nftables.Rule) {
 		&expr.Immediate{Register: 1, Data: o.primary.AsSlice()},
 		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, FullyRandom: true},
 	})
+	add(guard,
+		compare(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, expr.CmpOpEq, []byte(hostPrefix)),
+		compare(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, expr.CmpOpEq, []byte{unix.NFPROTO_IPV4}),
+		compare(address4(destinationOffset), expr.CmpOpEq, metadataAddr.AsSlice()),
+		lookup(sourceOffset, &expr.Lookup{SetName: nfPermit.Name, Invert: true}),
+		[]expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: nfRefuse.Name}})
+	add(nfRefuse, []expr.Any{&expr.Counter{}})
+	add(nfRefuse, compare(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, expr.CmpOpEq, []byte{unix.IPPROTO_TCP}),
+		[]expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}})
+	add(nfRefuse, []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}})
 	for slot := range maxSlots {
 		c := &nftables.Chain{Name: fmt.Sprint(slotChain, slot), Table: nfTable}
 		chains = append(chains, c)
@@ -148,10 +183,15 @@ func masked(load expr.Any, mask uint32, op expr.CmpOp, value uint32) []expr.Any 
 	}
 }
 
+// address4 loads an address of the packet.
+func address4(offset uint32) expr.Any {
+	return &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4}
+}
+
 // lookup looks an address of the packet up in a set or map.
 func lookup(offset uint32, in *expr.Lookup) []expr.Any {
 	in.SourceRegister = 1
-	return []expr.Any{&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4}, in}
+	return []expr.Any{address4(offset), in}
 }
 
 func host32(v uint32) []byte { return binaryutil.NativeEndian.PutUint32(v) }

@@ -67,6 +67,10 @@ func (o table) put(k *kernel) error {
 	if err != nil {
 		return err
 	}
+	permits, err := k.nft.list(nfPermit)
+	if err != nil {
+		return err
+	}
 	c, err := k.nft.begin()
 	if err != nil {
 		return err
@@ -78,8 +82,8 @@ func (o table) put(k *kernel) error {
 	for _, chain := range chains {
 		c.AddChain(chain)
 	}
-	pods, inside := nfPods, nfInside // the library writes to them
-	if err := errors.Join(c.AddSet(&pods, nil), c.AddSet(&inside, intervals(o.inside))); err != nil {
+	pods, inside, permit := nfPods, nfInside, nfPermit // the library writes to them
+	if err := errors.Join(c.AddSet(&pods, nil), c.AddSet(&inside, intervals(o.inside)), c.AddSet(&permit, nil)); err != nil {
 		return err
 	}
 	for _, r := range rules {
@@ -94,6 +98,11 @@ func (o table) put(k *kernel) error {
 	}
 	for part := range slices.Chunk(keep, batch) {
 		if err := c.SetAddElements(&pods, part); err != nil {
+			return err
+		}
+	}
+	for part := range slices.Chunk(permits, batch) {
+		if err := c.SetAddElements(&permit, part); err != nil {
 			return err
 		}
 	}
@@ -130,7 +139,36 @@ func (f *nft) find(want []object) ([]object, error) {
 	for _, e := range elements {
 		have = append(have, e)
 	}
+	permits, err := f.list(nfPermit)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range permits {
+		if addr, ok := netip.AddrFromSlice(e.Key); ok {
+			have = append(have, permit{addr})
+		}
+	}
 	return have, nil
+}
+
+// refused returns how many packets to the metadata service were refused since the
+// table was made.
+func (f *nft) refused() (uint64, error) {
+	if _, err := f.begin(); err != nil {
+		return 0, err
+	}
+	rules, err := f.conn.GetRules(nfTable, nfRefuse)
+	if err != nil {
+		return 0, ignore(fmt.Errorf("list nftables rules: %w", err), unix.ENOENT)
+	}
+	for _, r := range rules {
+		for _, e := range r.Exprs {
+			if c, ok := e.(*expr.Counter); ok {
+				return c.Packets, nil
+			}
+		}
+	}
+	return 0, nil
 }
 
 // has reports whether there is a set or map.
@@ -193,7 +231,7 @@ func slotOf(verdict []byte) int {
 
 // inspect says in what the table differs from the one that is wanted.
 func (f *nft) inspect(want table) (string, error) {
-	for _, set := range []nftables.Set{nfPods, nfInside} {
+	for _, set := range []nftables.Set{nfPods, nfInside, nfPermit} {
 		if ok, err := f.has(set); err != nil || !ok {
 			return "without " + set.Name, err
 		}
@@ -301,4 +339,30 @@ func (o element) drop(k *kernel) error {
 
 func (o element) nftablesKey() []nftables.SetElement {
 	return []nftables.SetElement{{Key: o.addr.AsSlice()}}
+}
+
+func (o permit) nftables() []nftables.SetElement {
+	return []nftables.SetElement{{Key: o.addr.AsSlice()}}
+}
+
+func (o permit) put(k *kernel) error {
+	c, err := k.nft.begin()
+	if err != nil {
+		return err
+	}
+	if err := c.SetAddElements(&nfPermit, o.nftables()); err != nil {
+		return err
+	}
+	return ignore(k.nft.flush(), unix.EEXIST)
+}
+
+func (o permit) drop(k *kernel) error {
+	c, err := k.nft.begin()
+	if err != nil {
+		return err
+	}
+	if err := c.SetDeleteElements(&nfPermit, o.nftables()); err != nil {
+		return err
+	}
+	return ignore(k.nft.flush(), unix.ENOENT)
 }

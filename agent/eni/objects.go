@@ -124,7 +124,7 @@ func (o table) attr() string {
 // layout names the chains and rules of the table. Every rule carries it, so that
 // rules that another version made, or for another device, are replaced.
 func (o table) layout() string {
-	return fmt.Sprintf("layout 2, %d slots, outside by %q as %s", maxSlots, o.dev, o.primary)
+	return fmt.Sprintf("layout 3, %d slots, outside by %q as %s", maxSlots, o.dev, o.primary)
 }
 
 // element is a pod's address in the map from addresses to slots.
@@ -140,6 +140,12 @@ func (o element) attr() string {
 	}
 	return fmt.Sprintf("slot %d", o.slot)
 }
+
+// permit lets a pod's address ask the metadata service.
+type permit struct{ addr netip.Addr }
+
+func (o permit) key() string  { return fmt.Sprintf("nft metadata %s", o.addr) }
+func (o permit) attr() string { return "" }
 
 // veth is a pod's veth, seen from the host.
 type veth struct {

@@ -105,12 +105,8 @@ func (p *Paths) Plan(ctx context.Context) (node.Plan, error) {
 func (p *Paths) observe(ctx context.Context, pol policy) ([]step, scene, error) {
 	p.observing.Lock()
 	defer p.observing.Unlock()
-	if p.eyes == nil {
-		k, err := openKernel()
-		if err != nil {
-			return nil, scene{}, err
-		}
-		p.eyes = k
+	if err := p.open(&p.eyes); err != nil {
+		return nil, scene{}, err
 	}
 	for try := 0; ; try++ {
 		if try == 3 {
@@ -250,14 +246,26 @@ func (p *Paths) wantedNow() (map[string]string, error) {
 
 // writer returns the handle for changes. The caller holds mu.
 func (p *Paths) writer() (*kernel, error) {
-	if p.hands == nil {
-		k, err := openKernel()
-		if err != nil {
-			return nil, err
-		}
-		p.hands = k
+	err := p.open(&p.hands)
+	return p.hands, err
+}
+
+// open opens a handle that is not open yet. The caller holds its lock.
+func (*Paths) open(k **kernel) (err error) {
+	if *k == nil {
+		*k, err = openKernel()
 	}
-	return p.hands, nil
+	return err
+}
+
+// refused returns how many packets of pods to the metadata service were refused.
+func (p *Paths) refused() (uint64, error) {
+	p.observing.Lock()
+	defer p.observing.Unlock()
+	if err := p.open(&p.eyes); err != nil {
+		return 0, err
+	}
+	return p.eyes.nft.refused()
 }
 
 // readySlots returns the slots that pods can be given, with the MTU of their ENI.
@@ -290,6 +298,7 @@ func (p *Paths) end(k *kernel) {
 // wire makes everything that the pod needs. Nothing is listed before a pod whose
 // link does not exist; a repeated ADD is a repair.
 func (p *Paths) wire(pod Pod) error {
+	pol := p.network.policy()
 	name, _, _ := vethOf(pod.Attachment)
 	if p.isDying(name) { // the container was just removed, and is added again
 		if err := p.reap(); err != nil {
@@ -303,11 +312,11 @@ func (p *Paths) wire(pod Pod) error {
 	defer p.end(k)
 	var have []object
 	if _, err := k.nl.LinkByName(name); err == nil {
-		if have, err = k.observeAll(pod); err != nil {
+		if have, err = k.observeAll(pol, pod); err != nil {
 			return err
 		}
 	}
-	for _, st := range diff(podObjects(pod), have) {
+	for _, st := range diff(pol.podObjects(pod), have) {
 		if st.drop {
 			continue
 		}
@@ -320,16 +329,17 @@ func (p *Paths) wire(pod Pod) error {
 
 // check returns what a pod's network lacks.
 func (p *Paths) check(pod Pod) ([]step, error) {
+	pol := p.network.policy()
 	k, err := p.begin()
 	if err != nil {
 		return nil, err
 	}
 	defer p.end(k)
-	have, err := k.observeAll(pod)
+	have, err := k.observeAll(pol, pod)
 	if err != nil {
 		return nil, err
 	}
-	steps := diff(podObjects(pod), have)
+	steps := diff(pol.podObjects(pod), have)
 	for i, st := range steps {
 		if st.drop {
 			return steps[:i], nil
@@ -340,12 +350,12 @@ func (p *Paths) check(pod Pod) ([]step, error) {
 
 // observeAll returns what is there of one pod, inside and on the host. What is of
 // others is in it, too.
-func (k *kernel) observeAll(pod Pod) ([]object, error) {
+func (k *kernel) observeAll(pol policy, pod Pod) ([]object, error) {
 	links, err := k.links()
 	if err != nil {
 		return nil, err
 	}
-	host, err := k.observe(hostObjects(pod), links)
+	host, err := k.observe(pol.hostObjects(pod), links)
 	if err != nil {
 		return nil, err
 	}
@@ -363,11 +373,10 @@ func (p *Paths) unwire(pod Pod) error {
 		return err
 	}
 	defer p.end(k)
-	for _, o := range hostObjects(pod) {
+	for _, o := range p.network.policy().hostObjects(pod) {
 		switch o := o.(type) {
-		case element:
-			err = errors.Join(err, o.drop(k))
-		case route:
+		case veth: // see reap
+		case removable:
 			err = errors.Join(err, o.drop(k))
 		}
 	}
@@ -389,13 +398,9 @@ func (p *Paths) reap() error {
 	defer p.reaping.Unlock()
 	var all error
 	p.dying.Range(func(name, _ any) bool {
-		if p.reaper == nil {
-			k, err := openKernel()
-			if err != nil {
-				all = err
-				return false
-			}
-			p.reaper = k
+		if err := p.open(&p.reaper); err != nil {
+			all = err
+			return false
 		}
 		all = errors.Join(all, p.reaper.deleteVeth(name.(string)))
 		p.dying.Delete(name)

@@ -5,6 +5,8 @@ import (
 	"encoding/hex"
 	"fmt"
 	"net/netip"
+	"path"
+	"slices"
 	"strings"
 
 	"github.com/tkenode/tkenode/agent/eni/cni"
@@ -113,10 +115,20 @@ type policy struct {
 	primaryMAC string
 	primary    netip.Addr     // of the primary ENI, under which pods are seen outside of the VPC
 	inside     []netip.Prefix // destinations that see a pod's own address
+	metadata   []string       // pods that may ask the metadata service, as patterns
 }
 
 func policyOf(s node.Sealed) policy {
-	return policy{primaryMAC: s.Facts.MAC, primary: s.Facts.PrivateIP, inside: s.Config.Network.NonMasqueradeCIDRs}
+	n := s.Config.Network
+	return policy{primaryMAC: s.Facts.MAC, primary: s.Facts.PrivateIP, inside: n.NonMasqueradeCIDRs, metadata: n.MetadataAccess}
+}
+
+// permits reports whether the pod may ask the metadata service.
+func (pol policy) permits(p Pod) bool {
+	return slices.ContainsFunc(pol.metadata, func(pattern string) bool {
+		ok, err := path.Match(pattern, p.String())
+		return ok && err == nil
+	})
 }
 
 // scene is what has to be known of the kernel to say what is wanted in it.
@@ -151,9 +163,9 @@ func desired(s state, sc scene) []object {
 	for _, p := range s.pods() {
 		switch {
 		case sc.wired[p.Attachment]:
-			want = append(want, hostObjects(p)...)
+			want = append(want, sc.hostObjects(p)...)
 		case sc.alive[p.Attachment]:
-			want = append(want, podObjects(p)...)
+			want = append(want, sc.podObjects(p)...)
 		}
 	}
 	if configured && !missing {
@@ -198,21 +210,25 @@ func slotObjects(slot Slot, dev device) []object {
 }
 
 // hostObjects is what a pod needs on the host.
-func hostObjects(p Pod) []object {
+func (pol policy) hostObjects(p Pod) []object {
 	name, mac, _ := vethOf(p.Attachment)
-	return []object{
+	out := []object{
 		veth{pod: p},
 		link{dev: name, mac: mac, mtu: p.MTU},
 		route{table: podTable, dst: p.Addr, dev: name},
 		element{addr: p.Addr, slot: p.Slot},
 	}
+	if pol.permits(p) {
+		out = append(out, permit{addr: p.Addr})
+	}
+	return out
 }
 
 // podObjects is all that a pod needs. Its routes on the host come last: nothing
 // reaches a pod that is not ready for it.
-func podObjects(p Pod) []object {
+func (pol policy) podObjects(p Pod) []object {
 	_, hostMAC, mac := vethOf(p.Attachment)
-	host := hostObjects(p)
+	host := pol.hostObjects(p)
 	inside := []object{
 		podLink{pod: p, mac: mac},
 		podAddress{pod: p},

@@ -78,7 +78,7 @@ func (c pathsCase) want() []object {
 		files: []file{{"/etc/cni/net.d/10-tke-eni.conflist", "{}"}},
 		policy: policy{
 			primaryMAC: "52:54:00:00:00:01", primary: netip.MustParseAddr("10.0.0.5"),
-			inside: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
+			inside: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, metadata: []string{"default/csi-*"},
 		},
 	}
 	for mac, name := range c.Devices {

@@ -83,6 +83,9 @@ type NetworkConfig struct {
 	// NonMasqueradeCIDRs are the destinations that see a pod's own address; to all
 	// others a pod has the primary ENI's. Default: the private networks.
 	NonMasqueradeCIDRs []netip.Prefix `json:"nonMasqueradeCIDRs" yaml:"nonMasqueradeCIDRs"`
+	// MetadataAccess are the pods, as namespace/name with * for any characters of a
+	// name, that may ask the metadata service, which has the CAM role's credentials.
+	MetadataAccess []string `json:"metadataAccess,omitempty" yaml:"metadataAccess"`
 }
 
 // WarmIPs says how many addresses are held that no pod uses, as TKE's

@@ -170,9 +170,19 @@ func (v *validator) network(n *node.NetworkConfig) {
 		v.problem("network.warmIPs.max", "found %d, which is less than network.warmIPs.min, %d", n.WarmIPs.Max, n.WarmIPs.Min)
 	}
 	v.ranges("network.nonMasqueradeCIDRs", n.NonMasqueradeCIDRs)
+	v.between("network.metadataAccess", len(n.MetadataAccess), 0, maxRanges)
+	for i, pods := range n.MetadataAccess {
+		if !podPattern.MatchString(pods) {
+			v.problem(index("network.metadataAccess", i), "found %s, expected pods of one namespace, such as kube-system/cbs-csi-* or monitoring/*", quote(pods))
+		}
+	}
 }
 
-// maxRanges bounds a list of address ranges.
+// podPattern is namespace/name, with * for any characters in the name only: who
+// may create pods in a namespace is known, who may create namespaces less so.
+var podPattern = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/[-a-z0-9.*]{1,253}$`)
+
+// maxRanges bounds a list of the network's.
 const maxRanges = 100
 
 func (v *validator) ranges(field string, ranges []netip.Prefix) {
