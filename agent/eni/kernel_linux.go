@@ -139,14 +139,16 @@ func findSettings(want []object, links []netlink.Link) ([]object, error) {
 		switch o := o.(type) {
 		case sysctl:
 			value, err := os.ReadFile("/proc/sys/" + o.path)
-			if os.IsNotExist(err) && strings.HasPrefix(o.path, "net/ipv6/") {
-				have = append(have, o) // a kernel without IPv6
-				continue
-			}
-			if err != nil && !os.IsNotExist(err) {
+			switch {
+			case os.IsNotExist(err):
+				if strings.HasPrefix(o.path, "net/ipv6/") && withoutIPv6() {
+					have = append(have, o)
+				}
+			case err != nil:
 				return nil, fmt.Errorf("read sysctl: %w", err)
+			default:
+				have = append(have, sysctl{o.path, strings.TrimSpace(string(value))})
 			}
-			have = append(have, sysctl{o.path, strings.TrimSpace(string(value))})
 		case link:
 			for _, l := range links {
 				if a := l.Attrs(); a.Name == o.dev {
@@ -166,6 +168,12 @@ func findSettings(want []object, links []netlink.Link) ([]object, error) {
 		}
 	}
 	return have, nil
+}
+
+// withoutIPv6 reports whether the kernel was started or built without it.
+func withoutIPv6() bool {
+	_, err := os.Stat("/proc/sys/net/ipv6/conf")
+	return os.IsNotExist(err)
 }
 
 func (k *kernel) findAddresses(names map[int]string) ([]object, error) {
@@ -320,7 +328,11 @@ func (o route) drop(k *kernel) error {
 }
 
 func (o sysctl) put(*kernel) error {
-	return os.WriteFile("/proc/sys/"+o.path, []byte(o.value), 0)
+	err := os.WriteFile("/proc/sys/"+o.path, []byte(o.value), 0)
+	if os.IsNotExist(err) {
+		return nil // its device has gone, or this kernel has no IPv6
+	}
+	return err
 }
 
 func (o link) put(k *kernel) error { return putLink(k.nl, o.dev, o.mac, o.mtu) }

@@ -146,7 +146,7 @@ func desired(s state, sc scene) []object {
 	want := []object{sysctl{"net/ipv4/ip_forward", "1"}}
 	primary, ok := sc.devices[sc.primaryMAC]
 	if ok {
-		want = append(want, looseReversePath(primary.name))
+		want = append(want, looseReversePath(primary.name), forwarding(primary.name))
 	}
 	want = append(want, table{dev: primary.name, primary: sc.primary, inside: sc.inside}, rule{priority: podPriority, table: podTable})
 	configured := false
@@ -163,7 +163,8 @@ func desired(s state, sc scene) []object {
 	for _, p := range s.pods() {
 		switch {
 		case sc.wired[p.Attachment]:
-			want = append(want, sc.hostObjects(p)...)
+			name, _, _ := vethOf(p.Attachment)
+			want = append(append(want, sc.hostObjects(p)...), forwarding(name))
 		case sc.alive[p.Attachment]:
 			want = append(want, sc.podObjects(p)...)
 		}
@@ -184,6 +185,12 @@ func looseReversePath(dev string) object {
 	return sysctl{"net/ipv4/conf/" + dev + "/rp_filter", "2"}
 }
 
+// forwarding lets the node take packets from a device to another one. A new device
+// has it of ip_forward, and can lose it alone.
+func forwarding(dev string) object {
+	return sysctl{"net/ipv4/conf/" + dev + "/forwarding", "1"}
+}
+
 // slotObjects is what the ENI of a slot needs; dev is zero while its link is not
 // there. Then, as ever, packets of its pods go nowhere instead of out of the
 // primary ENI.
@@ -199,6 +206,7 @@ func slotObjects(slot Slot, dev device) []object {
 	}
 	return append(out,
 		looseReversePath(dev.name),
+		forwarding(dev.name),
 		// The VPC would drop, and count, the neighbour discovery of an address it does not know.
 		sysctl{"net/ipv6/conf/" + dev.name + "/disable_ipv6", "1"},
 		link{dev: dev.name},
@@ -214,6 +222,8 @@ func (pol policy) hostObjects(p Pod) []object {
 	name, mac, _ := vethOf(p.Attachment)
 	out := []object{
 		veth{pod: p},
+		// Pods would reach what listens on the node's link-local addresses.
+		sysctl{"net/ipv6/conf/" + name + "/disable_ipv6", "1"},
 		link{dev: name, mac: mac, mtu: p.MTU},
 		route{table: podTable, dst: p.Addr, dev: name},
 		element{addr: p.Addr, slot: p.Slot},
@@ -236,7 +246,8 @@ func (pol policy) podObjects(p Pod) []object {
 		podNeighbour{pod: p, mac: hostMAC},
 		podRoute{pod: p},
 	}
-	return append(append(host[:2:2], inside...), host[2:]...)
+	const links = 3
+	return append(append(host[:links:links], inside...), host[links:]...)
 }
 
 // vethOf returns the name and the MAC of the host's end of a pod's veth, and the
