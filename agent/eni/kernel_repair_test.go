@@ -61,6 +61,9 @@ func TestKernelRepairs(t *testing.T) {
 			{"nft add element inet tkenode pods { 10.0.16.99 : jump slot0 }", "delete nft pod 10.0.16.99: slot 0\n"},
 			{"sysctl -qw net.ipv4.ip_forward=0", "set sysctl net/ipv4/ip_forward: 1 (was 0)\n"},
 			{"sysctl -qw net.ipv4.conf.eth1.rp_filter=1 net.ipv4.conf.eth0.rp_filter=1 net.ipv4.conf.all.rp_filter=1", "set sysctl net/ipv4/conf/eth1/rp_filter: 2 (was 1)\n"},
+			{"sysctl -qw net.ipv4.conf.eth1.forwarding=0 net.ipv4.conf.eth0.forwarding=0", "set sysctl net/ipv4/conf/eth1/forwarding: 1 (was 0)\n"},
+			{"sysctl -qw net.ipv4.conf." + host + ".forwarding=0", "set sysctl net/ipv4/conf/" + host + "/forwarding: 1 (was 0)\n"},
+			{"sysctl -qw net.ipv6.conf." + host + ".disable_ipv6=0", "set sysctl net/ipv6/conf/" + host + "/disable_ipv6: 1 (was 0)\n"},
 			{"ip link set eth1 down", "set link eth1: up (was down)\nadd route default table 4001: via 10.0.16.1 dev eth1 onlink\n"},
 			{"ip addr flush dev eth1", "add address 10.0.16.4 dev eth1\n"},
 			{"ip link set " + host + " down", "set link " + host + ": up mac " + hostMAC + " mtu 1500 (was down "},
@@ -115,7 +118,10 @@ func TestKernelInterrupted(t *testing.T) {
 		pod := Pod{Attachment: keyOf(p.container()), Namespace: "default", Name: "web", NetNS: p.path()}
 		steps := len(n.net.policy().podObjects(pod))
 		for done := range steps + 1 {
-			got, _, err := n.net.ledger.allocate(pod, map[int]int{0: 1500}, time.Now().Add(time.Duration(done)*2*coolDown))
+			now := time.Now().Add(time.Duration(done) * 2 * coolDown)
+			rested, _ := n.net.ledger.unclean(now)
+			n.net.ledger.cleaned(rested)
+			got, _, err := n.net.ledger.allocate(pod, map[int]int{0: 1500}, now)
 			must(t, err)
 			k, err := n.net.paths.begin()
 			must(t, err)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -36,6 +37,8 @@ func keyOf(container string) cni.Attachment {
 
 func (l *ledger) mustAllocate(t *testing.T, container string, now time.Time) netip.Addr {
 	t.Helper()
+	rested, _ := l.unclean(now)
+	l.cleaned(rested)
 	p, _, err := l.allocate(Pod{Attachment: keyOf(container)}, map[int]int{0: 1500}, now)
 	if err != nil {
 		t.Fatal(err)
@@ -76,6 +79,16 @@ func TestLedgerAllocates(t *testing.T) {
 	if _, short, _ := l.allocate(Pod{Attachment: keyOf("c")}, map[int]int{0: 1500}, now.Add(120*time.Second)); short.String() !=
 		"1 of 2 addresses in use, 1 resting until 2026-11-23T12:02:10Z at the earliest" {
 		t.Errorf("after a release: %s", short)
+	}
+	if addrs, next := l.unclean(now.Add(120 * time.Second)); len(addrs) != 0 || !next.Equal(now.Add(coolDown)) {
+		t.Errorf("to be made ready: %s, next at %s", addrs, next)
+	}
+	if p, short, err := l.allocate(Pod{Attachment: keyOf("c")}, map[int]int{0: 1500}, now.Add(coolDown)); err != nil || p.Addr.IsValid() ||
+		short.String() != "1 of 2 addresses in use, 1 being made ready" {
+		t.Errorf("before its connections are forgotten: %s, %s, %v", p.Addr, short, err)
+	}
+	if addrs, next := l.unclean(now.Add(coolDown)); !slices.Equal(addrs, []netip.Addr{b}) || !next.IsZero() {
+		t.Errorf("to be made ready after the rest: %s, next at %s", addrs, next)
 	}
 	if c := l.mustAllocate(t, "c", now.Add(coolDown)); c != b {
 		t.Errorf("after the rest: %s", c)

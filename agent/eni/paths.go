@@ -93,6 +93,14 @@ func (p *Paths) Plan(ctx context.Context) (node.Plan, error) {
 	if s, err = p.network.ledger.state(); err != nil {
 		return plan, err
 	}
+	now := time.Now()
+	addrs, next := p.network.ledger.unclean(now)
+	if len(addrs) > 0 {
+		plan.Add(func(context.Context) error { return p.forget(addrs) }, "forget connections of the last pods of %v", addrs)
+	}
+	if !next.IsZero() {
+		plan.Again = min(plan.Again, next.Sub(now))
+	}
 	waiting := p.settle(s, sc, len(steps) == 0)
 	if !plan.Empty() {
 		return plan, nil

@@ -76,6 +76,8 @@ func (n *poolNode) add(first, count int) error {
 				}
 			}
 			id := fmt.Sprintf("c%d", first+count-left)
+			rested, _ := n.net.ledger.unclean(time.Now())
+			n.net.ledger.cleaned(rested) // as the paths do
 			p, _, err := n.net.ledger.allocate(Pod{Attachment: cni.Attachment{ContainerID: id, IfName: "eth0"}, Namespace: "default", Name: id}, ready, time.Now())
 			if err != nil {
 				n.t.Fatal(err)
