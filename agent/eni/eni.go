@@ -16,6 +16,9 @@
 // The metadata service, which has the CAM role's credentials, answers only pods
 // that the NodeConfig names.
 //
+// The NodeConfig's layout tke-compat has TKE's rules in the place of the first and
+// the last: `512 to <pod> lookup main` and `1536 from <pod> lookup 4001+s`.
+//
 // A slot is a number of ours and never a device index: those change with every
 // attach, and tables that follow them have collided with other software's.
 //

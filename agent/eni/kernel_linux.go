@@ -200,14 +200,25 @@ func (k *kernel) findRules() ([]object, error) {
 		if r.Protocol != protocol {
 			continue
 		}
-		found := foundRule{rule: rule{priority: r.Priority, mark: r.Mark, table: r.Table}, raw: r}
-		if r.Src != nil {
-			found.from = addrOf(r.Src.IP)
-		}
-		found.foreign = otherSelectors(r)
-		have = append(have, found)
+		have = append(have, ruleOf(r))
 	}
 	return have, nil
+}
+
+func ruleOf(r netlink.Rule) foundRule {
+	o := rule{priority: r.Priority, from: hostOf(r.Src), to: hostOf(r.Dst), mark: r.Mark, table: r.Table, foreign: otherSelectors(r)}
+	return foundRule{o, r}
+}
+
+// hostOf returns the address of a /32, and nothing of other prefixes.
+func hostOf(n *net.IPNet) netip.Addr {
+	if n == nil {
+		return netip.Addr{}
+	}
+	if ones, bits := n.Mask.Size(); ones != bits {
+		return netip.Addr{}
+	}
+	return addrOf(n.IP)
 }
 
 // otherSelectors returns the text of what our rules do not select by.
@@ -216,7 +227,10 @@ func otherSelectors(r netlink.Rule) string {
 	if r.Invert {
 		s += " not"
 	}
-	if r.Dst != nil {
+	if r.Src != nil && !hostOf(r.Src).IsValid() {
+		s += " from " + r.Src.String()
+	}
+	if r.Dst != nil && !hostOf(r.Dst).IsValid() {
 		s += " to " + r.Dst.String()
 	}
 	if r.IifName != "" {
@@ -251,6 +265,9 @@ func (o rule) netlink() *netlink.Rule {
 	if o.from.IsValid() {
 		r.Src = ipNet(o.from)
 	}
+	if o.to.IsValid() {
+		r.Dst = ipNet(o.to)
+	}
 	if o.mark != 0 {
 		mask := uint32(markMask)
 		r.Mark, r.Mask = o.mark, &mask
@@ -259,6 +276,9 @@ func (o rule) netlink() *netlink.Rule {
 }
 
 func (o rule) put(k *kernel) error { return ignore(k.nl.RuleAdd(o.netlink()), unix.EEXIST) }
+
+// drop removes the rule of a pod, on the way of a DEL.
+func (o rule) drop(k *kernel) error { return ignore(k.nl.RuleDel(o.netlink()), unix.ENOENT) }
 
 func (k *kernel) findRoutes(names map[int]string) ([]object, error) {
 	all, err := dump(func() ([]netlink.Route, error) {

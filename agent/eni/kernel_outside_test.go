@@ -88,7 +88,7 @@ func (n *testNode) talk(from *pod, to netip.AddrPort) (again func()) {
 	n.t.Helper()
 	l, err := n.vpc.Listen(to)
 	must(n.t, err)
-	echoed := make(chan struct{})
+	echoed, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(echoed)
 		c, err := l.Accept()
@@ -96,8 +96,11 @@ func (n *testNode) talk(from *pod, to netip.AddrPort) (again func()) {
 		if err != nil {
 			return
 		}
+		go func() { // the pod may be gone by then, and say nothing
+			<-ended
+			c.Close()
+		}()
 		io.Copy(c, c)
-		c.Close()
 	}()
 	var c net.Conn
 	must(n.t, from.enter(func() (err error) {
@@ -109,6 +112,7 @@ func (n *testNode) talk(from *pod, to netip.AddrPort) (again func()) {
 	n.t.Cleanup(func() {
 		c.Close()
 		l.Close()
+		close(ended)
 		<-echoed
 	})
 	say := func() {

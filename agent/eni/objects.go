@@ -67,6 +67,9 @@ func (o route) key() string {
 	if o.metric != 0 {
 		s += fmt.Sprintf(" metric %d", o.metric)
 	}
+	if o.table == mainTable {
+		return s + " table main"
+	}
 	return fmt.Sprintf("%s table %d", s, o.table)
 }
 
@@ -85,7 +88,7 @@ func (o route) attr() string {
 // rule is one of our routing rules. A rule cannot be changed, so all of it is key.
 type rule struct {
 	priority int
-	from     netip.Addr // invalid: all
+	from, to netip.Addr // invalid: all
 	mark     uint32     // 0: any; under markMask
 	table    int
 	foreign  string // as found: what ours do not have
@@ -97,8 +100,14 @@ func (o rule) key() string {
 		from = o.from.String()
 	}
 	s := fmt.Sprintf("rule %d from %s", o.priority, from)
+	if o.to.IsValid() {
+		s += " to " + o.to.String()
+	}
 	if o.mark != 0 {
 		s += fmt.Sprintf(" fwmark %#x/%#x", o.mark, markMask)
+	}
+	if o.table == mainTable {
+		return s + " lookup main" + o.foreign
 	}
 	return fmt.Sprintf("%s lookup %d%s", s, o.table, o.foreign)
 }

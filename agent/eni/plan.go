@@ -26,6 +26,9 @@ const (
 	podPriority     = 512  // as TKE
 	slotPriority    = 1536 // + slot; as TKE
 	primaryPriority = 1568 // + slot
+	outsidePriority = 1535 // before a pod's own, in TKE's layout
+
+	mainTable = 254
 
 	// maxSlots bounds the slots: no instance type has more secondary ENIs.
 	maxSlots  = 16
@@ -116,11 +119,15 @@ type policy struct {
 	primary    netip.Addr     // of the primary ENI, under which pods are seen outside of the VPC
 	inside     []netip.Prefix // destinations that see a pod's own address
 	metadata   []string       // pods that may ask the metadata service, as patterns
+	compat     bool           // rules for each pod, as TKE's
 }
 
 func policyOf(s node.Sealed) policy {
 	n := s.Config.Network
-	return policy{primaryMAC: s.Facts.MAC, primary: s.Facts.PrivateIP, inside: n.NonMasqueradeCIDRs, metadata: n.MetadataAccess}
+	return policy{
+		primaryMAC: s.Facts.MAC, primary: s.Facts.PrivateIP, inside: n.NonMasqueradeCIDRs,
+		metadata: n.MetadataAccess, compat: n.Layout == node.LayoutTKECompat,
+	}
 }
 
 // permits reports whether the pod may ask the metadata service.
@@ -148,7 +155,12 @@ func desired(s state, sc scene) []object {
 	if ok {
 		want = append(want, looseReversePath(primary.name), forwarding(primary.name))
 	}
-	want = append(want, table{dev: primary.name, primary: sc.primary, inside: sc.inside}, rule{priority: podPriority, table: podTable})
+	want = append(want, table{dev: primary.name, primary: sc.primary, inside: sc.inside})
+	if sc.compat {
+		want = append(want, rule{priority: outsidePriority, mark: primaryMark, table: mainTable})
+	} else {
+		want = append(want, rule{priority: podPriority, table: podTable})
+	}
 	configured := false
 	missing := false
 	for _, slot := range s.slots() {
@@ -156,7 +168,7 @@ func desired(s state, sc scene) []object {
 			continue
 		}
 		dev, ok := sc.devices[slot.MAC]
-		want = append(want, slotObjects(slot, dev)...)
+		want = append(want, sc.slotObjects(slot, dev)...)
 		configured = configured || ok
 		missing = missing || !ok
 	}
@@ -194,12 +206,14 @@ func forwarding(dev string) object {
 // slotObjects is what the ENI of a slot needs; dev is zero while its link is not
 // there. Then, as ever, packets of its pods go nowhere instead of out of the
 // primary ENI.
-func slotObjects(slot Slot, dev device) []object {
+func (pol policy) slotObjects(slot Slot, dev device) []object {
 	tbl := slotTable + slot.Number
 	out := []object{
 		route{table: tbl, metric: lastMetric, unreachable: true},
-		rule{priority: slotPriority + slot.Number, mark: slotMark(slot.Number), table: tbl},
 		rule{priority: primaryPriority + slot.Number, from: slot.Primary, table: tbl},
+	}
+	if !pol.compat {
+		out = append(out, rule{priority: slotPriority + slot.Number, mark: slotMark(slot.Number), table: tbl})
 	}
 	if dev.name == "" {
 		return out
@@ -225,9 +239,16 @@ func (pol policy) hostObjects(p Pod) []object {
 		// Pods would reach what listens on the node's link-local addresses.
 		sysctl{"net/ipv6/conf/" + name + "/disable_ipv6", "1"},
 		link{dev: name, mac: mac, mtu: p.MTU},
-		route{table: podTable, dst: p.Addr, dev: name},
-		element{addr: p.Addr, slot: p.Slot},
 	}
+	if pol.compat {
+		out = append(out,
+			route{table: mainTable, dst: p.Addr, dev: name},
+			rule{priority: podPriority, to: p.Addr, table: mainTable},
+			rule{priority: slotPriority, from: p.Addr, table: slotTable + p.Slot})
+	} else {
+		out = append(out, route{table: podTable, dst: p.Addr, dev: name})
+	}
+	out = append(out, element{addr: p.Addr, slot: p.Slot})
 	if pol.permits(p) {
 		out = append(out, permit{addr: p.Addr})
 	}

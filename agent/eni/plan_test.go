@@ -66,6 +66,7 @@ type pathsCase struct {
 	Devices map[string]string `json:"devices"` // MAC to name
 	Wired   []string          `json:"wired"`   // containers whose veth is there
 	Alive   []string          `json:"alive"`   // containers whose network namespace is there
+	Compat  bool              `json:"compat"`  // TKE's layout
 }
 
 func (c pathsCase) want() []object {
@@ -78,7 +79,7 @@ func (c pathsCase) want() []object {
 		files: []file{{"/etc/cni/net.d/10-tke-eni.conflist", "{}"}},
 		policy: policy{
 			primaryMAC: "52:54:00:00:00:01", primary: netip.MustParseAddr("10.0.0.5"),
-			inside: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, metadata: []string{"default/csi-*"},
+			inside: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, metadata: []string{"default/csi-*"}, compat: c.Compat,
 		},
 	}
 	for mac, name := range c.Devices {
@@ -174,7 +175,7 @@ func found(kernel map[string]string) []object {
 }
 
 func randomCase(r *rand.Rand) pathsCase {
-	c := pathsCase{Devices: map[string]string{"52:54:00:00:00:01": "eth0"}}
+	c := pathsCase{Compat: r.IntN(2) == 0, Devices: map[string]string{"52:54:00:00:00:01": "eth0"}}
 	for i := range r.IntN(3) {
 		slot := Slot{
 			Number: i, ENI: fmt.Sprintf("eni-%d", r.IntN(4)), MAC: fmt.Sprintf("52:54:00:00:01:0%d", i), Subnet: netip.MustParsePrefix("10.0.16.0/20"),

@@ -72,6 +72,15 @@ const (
 	AllocatorObserve Allocator = "observe" // somebody else does: the agent uses what it finds and changes nothing
 )
 
+// Layout is how the kernel is told the way of pods' packets.
+type Layout string
+
+// The layouts.
+const (
+	LayoutMark      Layout = "mark"       // a packet costs the same with any number of pods; the default
+	LayoutTKECompat Layout = "tke-compat" // two rules for each pod, as TKE's own agent makes them
+)
+
 // NetworkConfig says where the secondary ENIs, and so the pods' addresses, come from.
 type NetworkConfig struct {
 	Allocator        Allocator `json:"allocator,omitempty" yaml:"allocator"`     // default node
@@ -83,6 +92,7 @@ type NetworkConfig struct {
 	// NonMasqueradeCIDRs are the destinations that see a pod's own address; to all
 	// others a pod has the primary ENI's. Default: the private networks.
 	NonMasqueradeCIDRs []netip.Prefix `json:"nonMasqueradeCIDRs" yaml:"nonMasqueradeCIDRs"`
+	Layout             Layout         `json:"layout" yaml:"layout"`
 	// MetadataAccess are the pods, as namespace/name with * for any characters of a
 	// name, that may ask the metadata service, which has the CAM role's credentials.
 	MetadataAccess []string `json:"metadataAccess,omitempty" yaml:"metadataAccess"`

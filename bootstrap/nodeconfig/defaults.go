@@ -20,6 +20,7 @@ func defaults(c *node.Config, present map[string]int) {
 	const warm = 5
 	fill(present, "network.warmIPs.max", &c.Network.WarmIPs.Max, max(warm, c.Network.WarmIPs.Min))
 	fill(present, "network.warmIPs.min", &c.Network.WarmIPs.Min, max(min(warm, c.Network.WarmIPs.Max), 0))
+	fill(present, "network.layout", &c.Network.Layout, node.LayoutMark)
 	fill(present, "network.nonMasqueradeCIDRs", &c.Network.NonMasqueradeCIDRs, privateNetworks)
 	for i := range c.Disks {
 		fill(present, index("disks", i)+".fileSystem", &c.Disks[i].FileSystem, node.Ext4)

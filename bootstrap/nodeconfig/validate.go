@@ -169,6 +169,9 @@ func (v *validator) network(n *node.NetworkConfig) {
 	if n.WarmIPs.Max < n.WarmIPs.Min {
 		v.problem("network.warmIPs.max", "found %d, which is less than network.warmIPs.min, %d", n.WarmIPs.Max, n.WarmIPs.Min)
 	}
+	if n.Layout != node.LayoutMark && n.Layout != node.LayoutTKECompat {
+		v.problem("network.layout", "found %s, expected %s or %s", quote(string(n.Layout)), node.LayoutMark, node.LayoutTKECompat)
+	}
 	v.ranges("network.nonMasqueradeCIDRs", n.NonMasqueradeCIDRs)
 	v.between("network.metadataAccess", len(n.MetadataAccess), 0, maxRanges)
 	for i, pods := range n.MetadataAccess {
