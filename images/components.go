@@ -28,6 +28,9 @@ var components = map[string]component{
 	"containerd-shim-runc-v2": {pkg: "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2", onNode: true},
 	"ctr":                     {pkg: "github.com/containerd/containerd/v2/cmd/ctr", onNode: true},
 	"kubelet":                 {pkg: "k8s.io/kubernetes/cmd/kubelet", onNode: true},
+	// The plugins that are chained after ours; rootfs/opt/cni/bin leads to them.
+	"bandwidth": {pkg: "github.com/containernetworking/plugins/plugins/meta/bandwidth", onNode: true},
+	"portmap":   {pkg: "github.com/containernetworking/plugins/plugins/meta/portmap", onNode: true},
 	// C enters the namespaces before the Go runtime has threads; libseccomp makes
 	// the filter that RuntimeDefault asks for.
 	"runc": {pkg: "github.com/opencontainers/runc", cgo: true, onNode: true},
