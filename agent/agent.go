@@ -52,6 +52,7 @@ type Agent struct {
 	ledger  ledger
 	sealed  atomic.Pointer[node.Sealed]
 	engine  atomic.Pointer[reconcile.Engine] // nil until a configuration is sealed
+	network atomic.Pointer[eni.Network]      // as engine
 }
 
 // Run serves the socket at once, waits for a sealed configuration, and then keeps
@@ -113,6 +114,7 @@ func (a *Agent) keep(ctx context.Context, s node.Sealed, cni net.Listener, colle
 	}
 	engine := reconcile.New(a.log, a.board, w.modules...)
 	a.engine.Store(engine)
+	a.network.Store(w.network)
 
 	// Serve ends by itself when it fails: the others have to end with it.
 	ctx, stop := context.WithCancel(ctx)
@@ -154,7 +156,7 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 		return nil, fmt.Errorf("reach containerd: %w", err)
 	}
 	bus := unit.NewSystemd(log("unit"))
-	network := eni.New(eni.Options{Sealed: a.currentSealed, Cloud: cloud, Log: log("eni")})
+	network := eni.New(eni.Options{Sealed: a.currentSealed, Cloud: cloud, Sandboxes: containerd.Sandboxes, Log: log("eni")})
 	name := s.Config.Name(s.Facts)
 
 	var modules []reconcile.Module

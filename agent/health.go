@@ -14,6 +14,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 
 	"github.com/tkenode/tkenode/agent/api"
+	"github.com/tkenode/tkenode/agent/eni"
 	"github.com/tkenode/tkenode/agent/metrics"
 	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/agent/reconcile"
@@ -52,11 +53,34 @@ func (a *Agent) source(collector *metrics.Collector) api.Source {
 			e := a.engine.Load()
 			return e != nil && e.Wake(name)
 		},
-		Sealed:  a.currentSealed,
-		Boot:    func() api.Boot { return a.ledger.boot(node.ReportFile) },
+		Sealed: a.currentSealed,
+		Boot:   func() api.Boot { return a.ledger.boot(node.ReportFile) },
+		Warnings: func() []node.Condition {
+			if n := a.network.Load(); n != nil {
+				if c := n.Exhausted(); c != nil {
+					return []node.Condition{*c}
+				}
+			}
+			return nil
+		},
+		ENI: func() (eni.State, error) {
+			if n := a.network.Load(); n != nil {
+				return n.State()
+			}
+			return eni.State{}, errNoNetwork
+		},
+		Explain: func(ctx context.Context, q eni.Question) (eni.Explanation, error) {
+			if n := a.network.Load(); n != nil {
+				return n.Explain(ctx, q)
+			}
+			return eni.Explanation{}, errNoNetwork
+		},
 		Metrics: collector,
 	}
 }
+
+// errNoNetwork is what is known of the network before its modules are started.
+var errNoNetwork = errors.New("the network's modules are not started yet; look at tkenode status")
 
 // tell logs every transition of a condition, which is the node's biography in the
 // journal and on the console, shows the first unmet one in systemctl status, and

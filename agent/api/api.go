@@ -2,8 +2,8 @@
 // /run/tkenode/tkenode.sock, for the person on call and for scripts on the node.
 //
 // The table in routes.go says what can be asked, and by whom. Everything is told
-// from memory except the plan, which is made anew; nothing that is served can
-// change the node, only make the agent look again. It is not the way to manage
+// from memory except the plan and explanations, which are made anew; nothing that
+// is served can change the node, only make the agent look again. It is not the way to manage
 // many nodes: that is what the Node's conditions and the metrics are for.
 package api
 
@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/tkenode/tkenode/agent/eni"
 	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/agent/reconcile"
 )
@@ -23,7 +24,7 @@ const Socket = "/run/tkenode/tkenode.sock"
 const Group = "tkenode"
 
 // Source is what the server tells. The agent fills it in; every function is safe
-// for concurrent use and, Plan apart, answers at once.
+// for concurrent use and, Plan and Explain apart, answers at once.
 type Source struct {
 	Version    string
 	Conditions func() []node.Condition
@@ -32,7 +33,11 @@ type Source struct {
 	Wake       func(instance string) bool
 	Sealed     func() (node.Sealed, bool) // false: nothing is sealed yet
 	Boot       func() Boot
-	Metrics    http.Handler
+	// Warnings are what is wrong although the node may be Ready.
+	Warnings func() []node.Condition
+	ENI      func() (eni.State, error)
+	Explain  func(context.Context, eni.Question) (eni.Explanation, error)
+	Metrics  http.Handler
 }
 
 // Status is how the node stands.
@@ -42,7 +47,9 @@ type Status struct {
 	Started time.Time `json:"started"` // the agent
 	Node    *Identity `json:"node,omitempty"`
 	// Unmet is the first condition in launch order that is not True: the one to look at.
-	Unmet      *node.Condition            `json:"unmet,omitempty"`
+	Unmet *node.Condition `json:"unmet,omitempty"`
+	// Warnings are what is wrong although the node may be Ready; they are True.
+	Warnings   []node.Condition           `json:"warnings,omitempty"`
 	Conditions []node.Condition           `json:"conditions"`
 	Instances  []reconcile.InstanceStatus `json:"instances"`
 }

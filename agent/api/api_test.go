@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tkenode/tkenode/agent/eni"
 	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/agent/reconcile"
 )
@@ -54,6 +55,18 @@ func source() Source {
 		},
 		Boot: func() Boot {
 			return Boot{Began: since, Steps: []Step{{Name: "kernel", Began: since, Ended: since.Add(time.Second)}}}
+		},
+		Warnings: func() []node.Condition {
+			return []node.Condition{{Type: node.PoolExhausted, Status: node.True, Message: "8 of 8 addresses in use", Since: since}}
+		},
+		ENI: func() (eni.State, error) {
+			return eni.State{Now: since, ENIs: []eni.ENIState{{Slot: eni.Slot{ENI: "eni-pods0001"}, Device: "eth1"}}}, nil
+		},
+		Explain: func(_ context.Context, q eni.Question) (eni.Explanation, error) {
+			if q.Pod == "default/nobody" {
+				return eni.Explanation{}, fmt.Errorf("pod %s has no VPC address: %w", q.Pod, eni.ErrNotHere)
+			}
+			return eni.Explanation{Subject: fmt.Sprint(q)}, nil
 		},
 		Metrics: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "up 1\n") }),
 	}
@@ -130,6 +143,12 @@ func TestClient(t *testing.T) {
 	if b, err := c.Boot(t.Context()); err != nil || len(b.Steps) != 1 || !b.Began.Equal(since) {
 		t.Errorf("boot is %+v, %v", b, err)
 	}
+	if len(st.Warnings) != 1 || st.Warnings[0].Type != node.PoolExhausted {
+		t.Errorf("warnings are %+v", st.Warnings)
+	}
+	if e, err := c.ENI(t.Context()); err != nil || len(e.ENIs) != 1 || e.ENIs[0].ENI != "eni-pods0001" || e.ENIs[0].Device != "eth1" {
+		t.Errorf("ENIs are %+v, %v", e, err)
+	}
 	if err := c.Wake(t.Context(), "eni/pool"); err != nil {
 		t.Error(err)
 	}
@@ -141,12 +160,43 @@ func TestClient(t *testing.T) {
 	}
 }
 
+func TestExplain(t *testing.T) {
+	c := client(t, serve(t, source()))
+	q := eni.Question{Pod: "default/web", To: netip.MustParseAddr("10.0.0.1")}
+	if e, err := c.Explain(t.Context(), q); err != nil || e.Subject != fmt.Sprint(q) {
+		t.Errorf("got %q, %v; want %v", e.Subject, err, q)
+	}
+	q = eni.Question{IP: netip.MustParseAddr("10.0.16.5")}
+	if e, err := c.Explain(t.Context(), q); err != nil || e.Subject != fmt.Sprint(q) {
+		t.Errorf("got %q, %v; want %v", e.Subject, err, q)
+	}
+	if _, err := c.Explain(t.Context(), eni.Question{Pod: "default/nobody"}); err == nil || !strings.Contains(err.Error(), "default/nobody has no VPC address") {
+		t.Errorf("unknown pod: %v", err)
+	}
+	for query, want := range map[string]int{
+		"": http.StatusBadRequest, "pod=a/b&ip=10.0.0.1": http.StatusBadRequest, "ip=here": http.StatusBadRequest,
+		"ip=fe80::1": http.StatusBadRequest, "pod=a/b&to=x": http.StatusBadRequest, "pod=default/nobody": http.StatusNotFound,
+	} {
+		resp, err := c.http.Get("http://tkenode/v1/explain?" + query)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("?%s: %s, want %d", query, resp.Status, want)
+		}
+	}
+}
+
 func TestEveryRouteAnswers(t *testing.T) {
 	c := client(t, serve(t, source()))
 	for _, r := range Routes {
 		url := "http://tkenode" + r.Path
 		if r.Path == "/debug/pprof/profile" || r.Path == "/debug/pprof/trace" {
 			url += "?seconds=1"
+		}
+		if r.Path == "/v1/explain" {
+			url += "?pod=default/web"
 		}
 		req, err := http.NewRequestWithContext(t.Context(), r.Method, url, strings.NewReader("{}"))
 		if err != nil {

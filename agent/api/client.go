@@ -10,9 +10,12 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/netip"
+	"net/url"
 	"syscall"
 	"time"
 
+	"github.com/tkenode/tkenode/agent/eni"
 	"github.com/tkenode/tkenode/agent/node"
 )
 
@@ -67,6 +70,25 @@ func (c *Client) Config(ctx context.Context) (s node.Sealed, err error) {
 // Boot asks for the ledger of this boot.
 func (c *Client) Boot(ctx context.Context) (b Boot, err error) {
 	return b, c.call(ctx, http.MethodGet, "/v1/boot", nil, &b)
+}
+
+// ENI asks for the ENIs, their addresses and the pods.
+func (c *Client) ENI(ctx context.Context) (s eni.State, err error) {
+	return s, c.call(ctx, http.MethodGet, "/v1/eni", nil, &s)
+}
+
+// Explain asks for the way of packets.
+func (c *Client) Explain(ctx context.Context, q eni.Question) (e eni.Explanation, err error) {
+	v := url.Values{}
+	if q.Pod != "" {
+		v.Set("pod", q.Pod)
+	}
+	for name, a := range map[string]netip.Addr{"ip": q.IP, "to": q.To} {
+		if a.IsValid() {
+			v.Set(name, a.String())
+		}
+	}
+	return e, c.call(ctx, http.MethodGet, "/v1/explain?"+v.Encode(), nil, &e)
 }
 
 // Wake has the named instance, or all of them, look again.

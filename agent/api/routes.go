@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/pprof"
+	"net/netip"
 
+	"github.com/tkenode/tkenode/agent/eni"
 	"github.com/tkenode/tkenode/agent/node"
 )
 
@@ -37,6 +39,8 @@ var Routes = []Route{
 	{"GET", "/metrics", "what is pushed, in Prometheus' text format", read, (*Server).metrics},
 	{"GET", "/v1/boot", "the ledger of this boot", read, (*Server).boot},
 	{"GET", "/v1/config", "the sealed configuration, secrets left out", read, (*Server).config},
+	{"GET", "/v1/eni", "ENIs, their addresses, and the pods that have them", read, (*Server).eni},
+	{"GET", "/v1/explain", "the way of packets of ?pod=NAMESPACE/NAME or ?ip=, with &to=", read, (*Server).explain},
 	{"GET", "/v1/facts", "what the metadata service said of this instance", read, (*Server).facts},
 	{"GET", "/v1/plan", "what every instance would change now", read, (*Server).plan},
 	{"GET", "/v1/status", "conditions and instances", read, (*Server).status},
@@ -53,6 +57,7 @@ func (s *Server) status(w http.ResponseWriter, _ *http.Request) error {
 		Started:    s.started,
 		Conditions: s.source.Conditions(),
 		Instances:  s.source.Instances(),
+		Warnings:   s.source.Warnings(),
 	}
 	for i, c := range st.Conditions {
 		if c.Status != node.True {
@@ -82,6 +87,47 @@ func (s *Server) config(w http.ResponseWriter, _ *http.Request) error {
 		return errUnsealed
 	}
 	return respond(w, sealed)
+}
+
+func (s *Server) eni(w http.ResponseWriter, _ *http.Request) error {
+	if _, ok := s.source.Sealed(); !ok {
+		return errUnsealed
+	}
+	st, err := s.source.ENI()
+	if err != nil {
+		return err
+	}
+	return respond(w, st)
+}
+
+func (s *Server) explain(w http.ResponseWriter, r *http.Request) error {
+	bad := func(format string, args ...any) error {
+		return &httpError{http.StatusBadRequest, fmt.Sprintf(format, args...)}
+	}
+	asked := r.URL.Query()
+	q := eni.Question{Pod: asked.Get("pod")}
+	for name, dst := range map[string]*netip.Addr{"ip": &q.IP, "to": &q.To} {
+		text := asked.Get(name)
+		if text == "" {
+			continue
+		}
+		a, err := netip.ParseAddr(text)
+		if err != nil || !a.Is4() {
+			return bad("%s=%.64q is not an IPv4 address", name, text)
+		}
+		*dst = a
+	}
+	if (q.Pod == "") == !q.IP.IsValid() {
+		return bad("ask for ?pod=NAMESPACE/NAME or for ?ip=ADDRESS")
+	}
+	e, err := s.source.Explain(r.Context(), q)
+	if errors.Is(err, eni.ErrNotHere) {
+		return &httpError{http.StatusNotFound, err.Error()}
+	}
+	if err != nil {
+		return err
+	}
+	return respond(w, e)
 }
 
 func (s *Server) facts(w http.ResponseWriter, _ *http.Request) error {

@@ -65,11 +65,15 @@ type Options struct {
 	// Sealed returns the configuration in force; false while there is none.
 	Sealed func() (node.Sealed, bool)
 	Cloud  Cloud
-	Log    *slog.Logger
+	// Sandboxes returns the ids of all that the runtime knows; pods of others are
+	// removed in the end. Nil: only the runtime's own DEL and GC remove pods.
+	Sandboxes func(context.Context) (map[string]bool, error)
+	Log       *slog.Logger
 
-	Dir            string // of the ledger; /var/lib/tkenode/eni
-	Conflist       string // /etc/cni/net.d/10-tke-eni.conflist
-	ConfiguredFile string // cni.ConfiguredFile
+	Dir            string    // of the ledger; /var/lib/tkenode/eni
+	Conflist       string    // /etc/cni/net.d/10-tke-eni.conflist
+	ConfiguredFile string    // cni.ConfiguredFile
+	Queue          cni.Queue // cni.QueueDir
 }
 
 // Network is the node's side of a VPC: Pool and Paths, and the CNI server.
@@ -80,11 +84,20 @@ type Network struct {
 	pool   *Pool
 	paths  *Paths
 
-	demand  chan struct{} // an ADD has taken an address, or found none
-	waiting atomic.Int32  // ADDs that have found none
+	demand    chan struct{} // an ADD has taken an address, or found none
+	waiting   atomic.Int32  // ADDs that have found none
+	exhausted atomic.Pointer[node.Condition]
 
-	mu      sync.Mutex // guards blocked
-	blocked error      // why the pool has no more addresses, as of its last plan
+	explaining sync.Mutex // held while one question is answered
+
+	queue     cni.Queue
+	sandboxes func(context.Context) (map[string]bool, error)
+	lost      lost // used by sweep alone
+
+	mu      sync.Mutex    // guards the rest
+	blocked error         // why the pool has no more addresses, as of its last plan
+	seen    []tencent.ENI // what the cloud said last of our ENIs
+	seenAt  time.Time
 }
 
 // New returns the network. It touches nothing before its modules are planned.
@@ -92,6 +105,7 @@ func New(o Options) *Network {
 	o.Dir = cmp.Or(o.Dir, "/var/lib/tkenode/eni")
 	o.Conflist = cmp.Or(o.Conflist, "/etc/cni/net.d/10-tke-eni.conflist")
 	o.ConfiguredFile = cmp.Or(o.ConfiguredFile, cni.ConfiguredFile)
+	o.Queue = cmp.Or(o.Queue, cni.QueueDir)
 	if o.Log == nil {
 		o.Log = slog.Default()
 	}
@@ -100,6 +114,10 @@ func New(o Options) *Network {
 		sealed: o.Sealed,
 		ledger: newLedger(o.Dir, o.Log),
 		demand: make(chan struct{}, 1),
+
+		queue:     o.Queue,
+		sandboxes: o.Sandboxes,
+		lost:      lost{},
 	}
 	n.pool = newPool(n, o.Cloud)
 	n.paths = &Paths{network: n, conflist: o.Conflist, configured: o.ConfiguredFile, ready: map[int]int{}}
@@ -142,21 +160,39 @@ func (n *Network) setBlocked(err error) {
 	n.blocked = err
 }
 
+// saw remembers what the cloud said, for whoever asks about it.
+func (n *Network) saw(enis []tencent.ENI) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.seen, n.seenAt = enis, time.Now()
+}
+
 // State is the pool and the pods as they are known now.
 type State struct {
+	Now  time.Time  `json:"now"` // the agent's clock
 	ENIs []ENIState `json:"enis"`
-	Pods []Pod      `json:"pods"`
+	Pods []PodState `json:"pods"`
 	// Blocked says why the pool gets no more addresses, if it wants some.
 	Blocked string `json:"blocked,omitempty"`
 	// MetadataRefused counts packets of pods that may not ask the metadata service,
 	// since the agent last made its nftables table.
-	MetadataRefused uint64 `json:"metadataRefused"`
+	MetadataRefused uint64 `json:"metadataRefused,omitempty"`
+	// Waiting is how many ADDs wait for an address.
+	Waiting int `json:"waiting,omitempty"`
+	// Exhausted says that no pod could be given an address now.
+	Exhausted string `json:"exhausted,omitempty"`
+	// CloudSeen is when the cloud last told of the ENIs.
+	CloudSeen time.Time `json:"cloudSeen,omitzero"`
 }
 
 // ENIState is one secondary ENI.
 type ENIState struct {
 	Slot
-	Addresses []AddressState `json:"addresses"`
+	Device         string         `json:"device,omitempty"` // empty: no link has its MAC
+	Ready          bool           `json:"ready"`            // pods can be given its addresses
+	SubnetID       string         `json:"subnetID,omitempty"`
+	SecurityGroups []string       `json:"securityGroups,omitempty"`
+	Addresses      []AddressState `json:"addresses"`
 }
 
 // AddressState is one address of an ENI: "free", "used", "cooling" until a time,
@@ -167,31 +203,6 @@ type AddressState struct {
 	State string     `json:"state"`
 	Pod   string     `json:"pod,omitempty"`
 	Until time.Time  `json:"until,omitzero"`
-}
-
-// State returns what `tkenode eni` and `tkenode pods` print.
-func (n *Network) State() (State, error) {
-	s, err := n.ledger.state()
-	if err != nil {
-		return State{}, err
-	}
-	out := State{ENIs: []ENIState{}, Pods: s.pods()}
-	n.mu.Lock()
-	if n.blocked != nil {
-		out.Blocked = n.blocked.Error()
-	}
-	n.mu.Unlock()
-	if out.MetadataRefused, err = n.paths.refused(); err != nil {
-		return State{}, err
-	}
-	now := time.Now()
-	for _, slot := range s.slots() {
-		if slot.ENI == "" && slot.Intent == "" {
-			continue
-		}
-		out.ENIs = append(out.ENIs, ENIState{Slot: slot, Addresses: s.addresses(slot, now)})
-	}
-	return out, nil
 }
 
 func (s state) addresses(slot Slot, now time.Time) []AddressState {

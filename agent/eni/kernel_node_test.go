@@ -77,6 +77,7 @@ type testNode struct {
 	vpc    *vpc.Network
 	dir    string
 	sealed node.Sealed
+	cloud  Cloud
 	net    *Network
 	eni    vpc.Port
 	tap    *os.File
@@ -94,6 +95,7 @@ var (
 func newTestNode(t *testing.T) *testNode {
 	must(t, unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""))
 	must(t, unix.Mount("tmpfs", "/run", "tmpfs", 0, ""))
+	must(t, unix.Mount("tmpfs", "/var/lib", "tmpfs", 0, ""))
 	must(t, os.MkdirAll("/run/tkenode", 0o755))
 	n := &testNode{t: t, dir: t.TempDir()}
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
@@ -140,6 +142,7 @@ func (n *testNode) plug(p vpc.Port, name string) *os.File {
 func (n *testNode) start() {
 	n.net = New(Options{
 		Sealed:   func() (node.Sealed, bool) { return n.sealed, true },
+		Cloud:    n.cloud,
 		Log:      slog.New(slog.NewTextHandler(n.t.Output(), nil)),
 		Dir:      n.dir,
 		Conflist: filepath.Join(n.dir, "net.d/10-tke-eni.conflist"),

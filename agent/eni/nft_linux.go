@@ -151,6 +151,17 @@ func (f *nft) find(want []object) ([]object, error) {
 	return have, nil
 }
 
+// refusedNow returns how many packets of pods to the metadata service were refused.
+// Its socket is its own: whoever asks waits for no plan.
+func refusedNow() (uint64, error) {
+	f, err := openNFT()
+	if err != nil {
+		return 0, err
+	}
+	n, err := f.refused()
+	return n, errors.Join(err, f.close())
+}
+
 // refused returns how many packets to the metadata service were refused since the
 // table was made.
 func (f *nft) refused() (uint64, error) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 )
 
@@ -67,10 +68,7 @@ func (o route) key() string {
 	if o.metric != 0 {
 		s += fmt.Sprintf(" metric %d", o.metric)
 	}
-	if o.table == mainTable {
-		return s + " table main"
-	}
-	return fmt.Sprintf("%s table %d", s, o.table)
+	return s + " table " + tableName(o.table)
 }
 
 func (o route) attr() string {
@@ -106,10 +104,18 @@ func (o rule) key() string {
 	if o.mark != 0 {
 		s += fmt.Sprintf(" fwmark %#x/%#x", o.mark, markMask)
 	}
-	if o.table == mainTable {
-		return s + " lookup main" + o.foreign
+	return s + " lookup " + tableName(o.table) + o.foreign
+}
+
+// tableName names a routing table as iproute2 does.
+func tableName(number int) string {
+	switch number {
+	case mainTable:
+		return "main"
+	case localTable:
+		return "local"
 	}
-	return fmt.Sprintf("%s lookup %d%s", s, o.table, o.foreign)
+	return strconv.Itoa(number)
 }
 
 func (o rule) attr() string { return "" }

@@ -153,19 +153,26 @@ func (p *Paths) compare(pol policy) ([]step, scene, error) {
 	return diff(want, have), sc, nil
 }
 
+// conflist is what the runtime calls for every pod: our plugin, and then those of
+// the CNI project that carry out hostPort and the bandwidth annotations. They do
+// nothing for a pod that has neither.
+const conflist = `{
+  "cniVersion": "1.1.0",
+  "name": %[1]q,
+  "plugins": [
+    {"type": %[1]q},
+    {"type": "portmap", "capabilities": {"portMappings": true}, "backend": "nftables"},
+    {"type": "bandwidth", "capabilities": {"bandwidth": true}}
+  ]
+}
+`
+
 // files are written when the network is configured for the first time, and not
 // before: kubelet is Ready as soon as containerd sees the first of them.
 func (p *Paths) files() []file {
 	return []file{
 		{p.configured, "configured\n"},
-		{p.conflist, fmt.Sprintf(`{
-  "cniVersion": "1.1.0",
-  "name": %q,
-  "plugins": [
-    {"type": %q}
-  ]
-}
-`, cni.Network, cni.Network)},
+		{p.conflist, fmt.Sprintf(conflist, cni.Network)},
 	}
 }
 
@@ -194,6 +201,7 @@ func (p *Paths) settle(s state, sc scene, converged bool) error {
 		p.network.log.Info("slots ready", "module", p.Name(), "mtu by slot", p.ready)
 		p.network.ledger.poke()
 	}
+	p.network.exhausted.Store(s.exhausted(p.ready, time.Now()))
 	if waiting == nil && len(p.ready) == 0 {
 		waiting = node.Waiting("NoENI", "the pool has no ENI yet")
 	}
@@ -264,16 +272,6 @@ func (*Paths) open(k **kernel) (err error) {
 		*k, err = openKernel()
 	}
 	return err
-}
-
-// refused returns how many packets of pods to the metadata service were refused.
-func (p *Paths) refused() (uint64, error) {
-	p.observing.Lock()
-	defer p.observing.Unlock()
-	if err := p.open(&p.eyes); err != nil {
-		return 0, err
-	}
-	return p.eyes.nft.refused()
 }
 
 // readySlots returns the slots that pods can be given, with the MTU of their ENI.

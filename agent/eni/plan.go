@@ -28,7 +28,8 @@ const (
 	primaryPriority = 1568 // + slot
 	outsidePriority = 1535 // before a pod's own, in TKE's layout
 
-	mainTable = 254
+	mainTable  = 254
+	localTable = 255 // of the kernel: the node's own addresses
 
 	// maxSlots bounds the slots: no instance type has more secondary ENIs.
 	maxSlots  = 16
@@ -136,6 +137,11 @@ func (pol policy) permits(p Pod) bool {
 		ok, err := path.Match(pattern, p.String())
 		return ok && err == nil
 	})
+}
+
+// sees reports whether a destination sees a pod's own address.
+func (pol policy) sees(to netip.Addr) bool {
+	return slices.ContainsFunc(pol.inside, func(p netip.Prefix) bool { return p.Contains(to) })
 }
 
 // scene is what has to be known of the kernel to say what is wanted in it.
@@ -255,20 +261,24 @@ func (pol policy) hostObjects(p Pod) []object {
 	return out
 }
 
-// podObjects is all that a pod needs. Its routes on the host come last: nothing
-// reaches a pod that is not ready for it.
-func (pol policy) podObjects(p Pod) []object {
+// insideObjects is what a pod needs in its network namespace.
+func insideObjects(p Pod) []object {
 	_, hostMAC, mac := vethOf(p.Attachment)
-	host := pol.hostObjects(p)
-	inside := []object{
+	return []object{
 		podLink{pod: p, mac: mac},
 		podAddress{pod: p},
 		podRoute{pod: p, dst: podGateway},
 		podNeighbour{pod: p, mac: hostMAC},
 		podRoute{pod: p},
 	}
+}
+
+// podObjects is all that a pod needs. Its routes on the host come last: nothing
+// reaches a pod that is not ready for it.
+func (pol policy) podObjects(p Pod) []object {
 	const links = 3
-	return append(append(host[:links:links], inside...), host[links:]...)
+	host := pol.hostObjects(p)
+	return append(append(host[:links:links], insideObjects(p)...), host[links:]...)
 }
 
 // vethOf returns the name and the MAC of the host's end of a pod's veth, and the

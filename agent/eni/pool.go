@@ -102,6 +102,7 @@ func (p *Pool) Plan(ctx context.Context) (node.Plan, error) {
 		plan.Add(func(context.Context) error { return p.network.ledger.record(record{Quota: &limit}) },
 			"note the quota of %s: %d ENIs of %d addresses", want.facts.InstanceID, limit.ENIs, limit.IPsPerENI)
 	}
+	p.network.saw(view.enis)
 	out := planPool(want, s, view)
 	p.remember(out, view.now)
 	p.network.setBlocked(cmp.Or(out.err, out.note))

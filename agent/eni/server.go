@@ -28,9 +28,16 @@ const (
 	addTimeout = 30 * time.Second
 )
 
-// Serve answers the CNI plugin on a unix listener until ctx ends, and then waits
-// for the calls under way. It closes the listener.
+// Serve carries out the DELs that are queued, and then answers the CNI plugin on a
+// unix listener until ctx ends, and waits for the calls under way. It closes the
+// listener.
 func (n *Network) Serve(ctx context.Context, l net.Listener) error {
+	n.drain()
+	var sweeping sync.WaitGroup
+	defer sweeping.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	sweeping.Go(func() { n.sweep(ctx) })
 	return n.serve(ctx, l, 0)
 }
 
@@ -172,7 +179,11 @@ func (n *Network) handle(ctx context.Context, req cni.Request) cni.Response {
 	if e, ok := errors.AsType[*cni.Error](err); ok {
 		return cni.Response{Error: e}
 	}
-	return cni.Response{Error: cni.Errorf(cni.CodeNetwork, string(req.Command)+" of the pod's network", "%v", err)}
+	code := cni.CodeNetwork
+	if _, ok := errors.AsType[ledgerError](err); ok {
+		code = cni.CodeLedger
+	}
+	return cni.Response{Error: cni.Errorf(code, string(req.Command)+" of the pod's network", "%v", err)}
 }
 
 var (
@@ -221,7 +232,7 @@ func (n *Network) add(ctx context.Context, req cni.Request) (*cni.Result, error)
 		return nil, errors.Join(err, n.del(req.Attachment))
 	}
 	if err := n.ledger.sync(); err != nil {
-		return nil, err
+		return nil, ledgerError{err}
 	}
 	host, hostMAC, mac := vethOf(pod.Attachment)
 	return &cni.Result{
@@ -253,8 +264,11 @@ func (n *Network) allocate(ctx context.Context, p Pod) (Pod, error) {
 			default:
 			}
 		}
-		if err != nil || got.Addr.IsValid() {
-			return got, err
+		if err != nil {
+			return got, ledgerError{err}
+		}
+		if got.Addr.IsValid() {
+			return got, nil
 		}
 		rested := time.NewTimer(addTimeout)
 		if !short.next.IsZero() {
@@ -297,17 +311,29 @@ func (n *Network) noAddress(short shortage) error {
 // del takes the pod's network away. It succeeds if there is none.
 func (n *Network) del(key cni.Attachment) error {
 	pod, ok, err := n.ledger.pod(key)
-	if err != nil || !ok {
-		return err
+	if err != nil {
+		return ledgerError{err}
+	}
+	if !ok {
+		return nil
 	}
 	if err := n.ledger.release(key, time.Now()); err != nil {
-		return err
+		return ledgerError{err}
 	}
 	if err := n.paths.unwire(pod); err != nil {
 		return err
 	}
-	return n.ledger.sync()
+	if err := n.ledger.sync(); err != nil {
+		return ledgerError{err}
+	}
+	return nil
 }
+
+// ledgerError is a call's failure for the ledger's sake: nothing is given away or
+// taken back that is not on the disk.
+type ledgerError struct{ error }
+
+func (e ledgerError) Unwrap() error { return e.error }
 
 // check compares the pod's network with what its ADD made.
 func (n *Network) check(req cni.Request) error {

@@ -23,6 +23,10 @@ const (
 	NodeReady    ConditionType = "NodeReady"    // the API server reports the Node as Ready
 )
 
+// PoolExhausted warns: no address is left for another pod. The node is Ready all
+// the same, so it is not among ConditionTypes.
+const PoolExhausted ConditionType = "PoolExhausted"
+
 // ConditionTypes lists every condition in launch order; the first one that is
 // not True is the one to look at.
 var ConditionTypes = [...]ConditionType{

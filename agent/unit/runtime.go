@@ -76,6 +76,33 @@ func (r *Runtime) probe(ctx context.Context) error {
 	return nil
 }
 
+// Sandboxes returns the ids of every pod sandbox and container that containerd
+// has, with the CRI plug-in answering. A sandbox is in the store before its network
+// is made, and until after that is taken away.
+// Source: containerd internal/cri/server/sandbox_run.go, sandbox_remove.go
+func (r *Runtime) Sandboxes(ctx context.Context) (map[string]bool, error) {
+	if err := r.probe(ctx); err != nil {
+		return nil, err
+	}
+	ctx = namespaces.WithNamespace(ctx, criNamespace)
+	sandboxes, err := r.client.SandboxStore().List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list containerd's sandboxes: %w", err)
+	}
+	containers, err := r.client.ContainerService().List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list containerd's containers: %w", err)
+	}
+	known := map[string]bool{}
+	for _, s := range sandboxes {
+		known[s.ID] = true
+	}
+	for _, c := range containers {
+		known[c.ID] = true
+	}
+	return known, nil
+}
+
 // kubeletHealthz asks kubelet whether it is well.
 func kubeletHealthz(ctx context.Context) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, healthzURL, nil)

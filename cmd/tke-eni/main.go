@@ -1,13 +1,15 @@
 // Command tke-eni is the CNI plugin of tkenode. It decides nothing: it checks
 // what the runtime hands it, asks the agent over /run/tkenode/cni.sock, and
-// prints the answer in the version of CNI that was asked for. It has no netlink,
-// no state and no log.
+// prints the answer in the version of CNI that was asked for. It has no netlink
+// and no log. A DEL that nobody answers it leaves in a queue for the next agent:
+// a runtime must be able to remove a pod whatever the node's agent does.
 package main
 
 import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"time"
@@ -19,10 +21,15 @@ import (
 // reaches the pod's events, and an agent that is being restarted is waited for.
 const callTimeout = 50 * time.Second
 
+// delTimeout is how long a DEL waits before it is queued: longer than an agent
+// takes for it, even for many at once, and long enough for one that is restarted
+// by a package's upgrade.
+const delTimeout = 5 * time.Second
+
 func main() {
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
 	defer cancel()
-	p := plugin{env: os.Getenv, socket: cni.Socket, configured: cni.ConfiguredFile}
+	p := plugin{env: os.Getenv, socket: cni.Socket, configured: cni.ConfiguredFile, queue: cni.QueueDir, patience: delTimeout}
 	os.Exit(p.run(ctx, os.Stdin, os.Stdout))
 }
 
@@ -31,6 +38,8 @@ type plugin struct {
 	env        func(string) string
 	socket     string
 	configured string
+	queue      cni.Queue
+	patience   time.Duration // of a DEL
 }
 
 // run carries the call out and prints its result, or its error as CNI wants it.
@@ -80,9 +89,12 @@ func (p plugin) call(ctx context.Context, in io.Reader, version *string) (any, e
 	if err != nil {
 		return nil, err
 	}
+	if req.Command == cni.Del {
+		return nil, p.del(ctx, req)
+	}
 	resp, err := ask(ctx, p.socket, req)
 	if err != nil {
-		return nil, cni.Errorf(cni.CodeTryAgain, "tkenode's agent does not answer", "%v; look at `systemctl status tkenode-agent`", err)
+		return nil, silent(err)
 	}
 	if resp.Error != nil {
 		return nil, resp.Error
@@ -91,6 +103,28 @@ func (p plugin) call(ctx context.Context, in io.Reader, version *string) (any, e
 		return nil, nil
 	}
 	return resultFor(conf.CNIVersion, *resp.Result, req), nil
+}
+
+func silent(err error) *cni.Error {
+	return cni.Errorf(cni.CodeNoAgent, "tkenode's agent does not answer", "%v; look at `systemctl status tkenode-agent`", err)
+}
+
+// del asks the agent, or leaves the DEL to it.
+func (p plugin) del(ctx context.Context, req cni.Request) error {
+	at := time.Now().UTC()
+	ctx, cancel := context.WithTimeout(ctx, p.patience)
+	defer cancel()
+	resp, err := ask(ctx, p.socket, req)
+	if err == nil && resp.Error != nil {
+		return resp.Error
+	}
+	if err == nil {
+		return nil
+	}
+	if queueErr := p.queue.Put(cni.Deletion{Attachment: req.Attachment, At: at}); queueErr != nil {
+		return silent(fmt.Errorf("%w; nor can the DEL be queued: %w", err, queueErr))
+	}
+	return nil
 }
 
 // status fails only until the network was configured for the first time since

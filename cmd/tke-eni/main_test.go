@@ -29,7 +29,11 @@ func (c testCall) run(t *testing.T, socket string, limit time.Duration) (string,
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
 	var out bytes.Buffer
-	p := plugin{env: func(k string) string { return c.env[k] }, socket: socket, configured: filepath.Join(filepath.Dir(socket), "configured")}
+	dir := filepath.Dir(socket)
+	p := plugin{
+		env: func(k string) string { return c.env[k] }, socket: socket, configured: filepath.Join(dir, "configured"),
+		queue: cni.Queue(filepath.Join(dir, "del")), patience: limit / 2,
+	}
 	code := p.run(ctx, strings.NewReader(c.conf), &out)
 	return strings.TrimSpace(out.String()), code
 }
@@ -102,9 +106,47 @@ func TestAgentRestarts(t *testing.T) {
 }
 
 func TestNoAgent(t *testing.T) {
-	got, code := testCall{env("DEL"), conf}.run(t, filepath.Join(t.TempDir(), "cni.sock"), 200*time.Millisecond)
-	if code != 1 || !strings.Contains(got, `"code":11`) || !strings.Contains(got, "systemctl status tkenode-agent") {
+	got, code := testCall{env("ADD"), conf}.run(t, filepath.Join(t.TempDir(), "cni.sock"), 200*time.Millisecond)
+	if code != 1 || !strings.Contains(got, `"code":102`) || !strings.Contains(got, "systemctl status tkenode-agent") {
 		t.Errorf("exit status %d: %s", code, got)
+	}
+}
+
+// TestDelIsQueued has nobody listen, then systemd hold the socket while nobody
+// answers, and then nowhere to keep the DEL.
+func TestDelIsQueued(t *testing.T) {
+	for _, held := range []bool{false, true} {
+		socket := filepath.Join(t.TempDir(), "cni.sock")
+		if held {
+			l, err := net.Listen("unix", socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+		}
+		queue := cni.Queue(filepath.Join(filepath.Dir(socket), "del"))
+		before := time.Now()
+		for range 2 {
+			if got, code := (testCall{env("DEL"), conf}).run(t, socket, 400*time.Millisecond); got != "" || code != 0 {
+				t.Fatalf("held %v: exit status %d: %s", held, code, got)
+			}
+		}
+		var all []cni.Deletion
+		err := queue.Drain(func(d cni.Deletion) error {
+			all = append(all, d)
+			return nil
+		})
+		if err != nil || len(all) != 1 || all[0].Attachment != (cni.Attachment{ContainerID: "c0ffee", IfName: "eth0"}) || all[0].At.Before(before) {
+			t.Errorf("held %v: queued %+v, %v", held, all, err)
+		}
+	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "del"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got, code := testCall{env("DEL"), conf}.run(t, filepath.Join(dir, "cni.sock"), 400*time.Millisecond)
+	if code != 1 || !strings.Contains(got, `"code":102`) || !strings.Contains(got, "nor can the DEL be queued") {
+		t.Errorf("no room: exit status %d: %s", code, got)
 	}
 }
 

@@ -29,6 +29,7 @@ type action func(ctx context.Context, out *terminal, args []string) error
 func commands() []command {
 	return []command{
 		statusCommand, planCommand, bootCommand, wakeCommand,
+		eniCommand, podsCommand, explainPodCommand, explainIPCommand,
 		configShowCommand, configCheckCommand,
 		agentCommand, bootstrapCommand,
 		versionCommand, helpCommand(),
@@ -51,7 +52,7 @@ var exitCodes = []struct {
 	{exitOK, "done, and the node is as it should be"},
 	{exitError, "an error, told on standard error"},
 	{exitUsage, "the command line is wrong"},
-	{exitUnmet, "the node is not as it should be: a condition is not True, or a plan is not empty"},
+	{exitUnmet, "the node is not as it should be: a condition is not True, a plan is not empty, or an explanation found a disagreement"},
 	{exitNoAgent, "the agent cannot be asked: it is not running, does not answer, or you may not ask it"},
 }
 
@@ -120,16 +121,24 @@ func dispatch(ctx context.Context, out *terminal, args []string) error {
 	fs := flag.NewFlagSet(c.name, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	act := c.flags(fs)
-	if err := fs.Parse(rest); errors.Is(err, flag.ErrHelp) {
-		writeHelp(out, c)
-		return nil
-	} else if err != nil {
-		return usagef("%s: %v; see: tkenode help %s", c.name, err, c.name)
+	// A flag may follow an argument: it is what people add to the line they see.
+	var plain []string
+	for {
+		if err := fs.Parse(rest); errors.Is(err, flag.ErrHelp) {
+			writeHelp(out, c)
+			return nil
+		} else if err != nil {
+			return usagef("%s: %v; see: tkenode help %s", c.name, err, c.name)
+		}
+		if fs.NArg() == 0 {
+			break
+		}
+		plain, rest = append(plain, fs.Arg(0)), fs.Args()[1:]
 	}
-	if c.args == "" && fs.NArg() > 0 {
-		return usagef("%s takes no argument, found %q", c.name, fs.Arg(0))
+	if c.args == "" && len(plain) > 0 {
+		return usagef("%s takes no argument, found %q", c.name, plain[0])
 	}
-	return act(ctx, out, fs.Args())
+	return act(ctx, out, plain)
 }
 
 // find returns the command that args begin with, and the rest of args.

@@ -18,7 +18,7 @@ var look = map[node.ConditionType][]string{
 	node.ConfigSealed: {"journalctl -b -u tkenode-bootstrap", "tkenode config check FILE"},
 	node.DisksReady:   {"lsblk -o NAME,SERIAL,FSTYPE,SIZE,MOUNTPOINT", "tkenode plan"},
 	node.RuntimeReady: {"systemctl status containerd", "journalctl -b -u containerd -n 50"},
-	node.NetworkReady: {"tkenode plan", "ip rule; ip -4 addr"},
+	node.NetworkReady: {"tkenode eni", "tkenode plan"},
 	node.NodeJoined:   {"journalctl -b -u tkenode-bootstrap", "kubectl get csr (where you have a kubeconfig)"},
 	node.KubeletReady: {"systemctl status kubelet", "journalctl -b -u kubelet -n 50"},
 	node.NodeReady:    {"journalctl -b -u kubelet -n 50", "kubectl describe node (where you have a kubeconfig)"},
@@ -61,6 +61,10 @@ func renderStatus(t *terminal, st api.Status) {
 	t.printf("%s\n\n", t.paint(bold+";"+color, verdict(st, true)))
 	if st.Unmet != nil {
 		renderEvidence(t, st)
+	}
+	for _, c := range st.Warnings {
+		t.block("  ", fmt.Sprintf("%s since %s (%s): %s", c.Type, clock(c.Since, st.Now), span(st.Now.Sub(c.Since)), c.Message))
+		t.printf("  look: %s\n\n", t.paint(bold, "tkenode eni"))
 	}
 	renderConditions(t, st)
 	renderInstances(t, st)

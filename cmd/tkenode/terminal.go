@@ -56,7 +56,7 @@ const (
 )
 
 func (t *terminal) paint(color, s string) string {
-	if !t.color || s == "" {
+	if !t.color || s == "" || color == "" {
 		return s
 	}
 	return "\x1b[" + color + "m" + s + "\x1b[0m"
@@ -68,14 +68,18 @@ func (t *terminal) paint(color, s string) string {
 // terminal is replaced.
 func (t *terminal) block(indent, text string) {
 	for line := range strings.Lines(text) {
-		lines := []string{clean(strings.TrimRight(line, "\n"))}
-		if t.tty {
-			lines = wrap(lines[0], t.width-utf8.RuneCountInString(indent))
-		}
-		for _, l := range lines {
+		for _, l := range t.lines(strings.TrimRight(line, "\n"), utf8.RuneCountInString(indent)) {
 			t.printf("%s%s\n", indent, l)
 		}
 	}
+}
+
+// lines returns a line as block prints it.
+func (t *terminal) lines(line string, indent int) []string {
+	if line = clean(line); t.tty {
+		return wrap(line, t.width-indent)
+	}
+	return []string{line}
 }
 
 // clean replaces what is not printable.

@@ -82,6 +82,10 @@ func TestStatusText(t *testing.T) {
 	lost.Conditions[1].Status, lost.Conditions[1].Since = node.False, ago(time.Minute)
 	lost.Unmet = &lost.Conditions[1]
 
+	exhausted := launch(7, converged)
+	exhausted.Warnings = []node.Condition{{Type: node.PoolExhausted, Status: node.True, Since: ago(2 * time.Minute),
+		Message: "no free VPC address: 8 of 8 addresses in use; SubnetFull: subnet-pods0001 has no address left"}}
+
 	hostile := launch(1, reconcile.InstanceStatus{
 		Name: "disk/x", Condition: node.DisksReady, State: reconcile.Failed, Class: "transient", NextTry: now.Add(7 * time.Second),
 		Message: "label \x1b[2J\x1b]0;owned\x07 \u202etxt\nsecond line", Since: ago(time.Second),
@@ -93,6 +97,7 @@ func TestStatusText(t *testing.T) {
 		"applying":     applying,
 		"unsealed":     unsealed,
 		"lost-a-disk":  lost,
+		"exhausted":    exhausted,
 		"hostile":      hostile,
 		"node-unready": launch(6, converged),
 	} {
@@ -183,6 +188,14 @@ func TestCommandLines(t *testing.T) {
 		{"status --watch -o json", exitUsage, "--watch"},
 		{"plan now", exitUsage, `plan takes no argument, found "now"`},
 		{"wake a b", exitUsage, "one instance"},
+		{"explain", exitUsage, "Try: tkenode explain pod, tkenode explain ip"},
+		{"explain pod", exitUsage, "explain pod takes one argument"},
+		{"explain pod web", exitUsage, "wants NAMESPACE/NAME"},
+		{"explain pod default/web --to here", exitUsage, "-to"},
+		{"explain ip --to fe80::1 10.0.16.5", exitUsage, "--to wants an IPv4 address"},
+		{"explain ip 10.0.16.5 10.0.16.6", exitUsage, "one argument"},
+		{"explain ip ::1", exitUsage, "wants an IPv4 address"},
+		{"pods default", exitUsage, "pods takes no argument"},
 		{"config check", exitUsage, "one file"},
 		{"config check testdata/none", exitError, "no such file"},
 		{"config check testdata/bad.yaml", exitError, "line 3: "},

@@ -4,16 +4,21 @@ _tkenode() {
 	if [ "$prev" = -o ]; then
 		words="text json"
 	elif [ "$COMP_CWORD" = 1 ]; then
-		words="status plan boot wake config agent bootstrap version help"
+		words="status plan boot wake eni pods explain config agent bootstrap version help"
 	else
 		case "${COMP_WORDS[1]} ${COMP_WORDS[2]}" in
 		"status "*) words="-o --watch" ;;
 		"plan "*) words="-o" ;;
 		"boot "*) words="-o" ;;
+		"eni "*) words="-o" ;;
+		"pods "*) words="-o" ;;
+		"explain pod") words="-o --to" ;;
+		"explain ip") words="-o --to" ;;
 		"config check") words="-o" ;;
 		"bootstrap "*) words="--user-data" ;;
+		"explain "*) [ "$COMP_CWORD" = 2 ] && words="pod ip" ;;
 		"config "*) [ "$COMP_CWORD" = 2 ] && words="show check" ;;
-		"help "*) words="status plan boot wake config agent bootstrap version help" ;;
+		"help "*) words="status plan boot wake eni pods explain config agent bootstrap version help" ;;
 		esac
 	fi
 	if [ -n "$words" ]; then

@@ -7,6 +7,9 @@ if (( CURRENT == 2 )); then
 		'plan:what the agent would change now'
 		'boot:what took how long in this boot'
 		'wake:have one instance, or all of them, look again now'
+		'eni:the ENIs, their addresses, and what the pool waits for'
+		'pods:the pods that have a VPC address, and how they are wired'
+		'explain:pod, ip'
 		'config:show, check'
 		'agent:keep this CVM a working node; systemd runs it'
 		'bootstrap:join the cluster that the user-data names; systemd runs it at every boot'
@@ -24,9 +27,14 @@ case "$words[2] $words[3]" in
 "status "*) compadd -- -o --watch ;;
 "plan "*) compadd -- -o ;;
 "boot "*) compadd -- -o ;;
+"eni "*) compadd -- -o ;;
+"pods "*) compadd -- -o ;;
+"explain pod") compadd -- -o --to ;;
+"explain ip") compadd -- -o --to ;;
 "config check") compadd -- -o ;;
 "bootstrap "*) compadd -- --user-data ;;
+"explain "*) (( CURRENT == 3 )) && compadd pod ip || _files ;;
 "config "*) (( CURRENT == 3 )) && compadd show check || _files ;;
-"help "*) compadd status plan boot wake config agent bootstrap version help ;;
+"help "*) compadd status plan boot wake eni pods explain config agent bootstrap version help ;;
 *) _files ;;
 esac

@@ -29,7 +29,7 @@ const (
 	MaxResponse = 64 << 10
 )
 
-// Error codes of CNI, and ours from 100 on.
+// Error codes of CNI, and ours from 100 on. docs/cni.md says what to do about each.
 // Source: https://github.com/containernetworking/cni/blob/main/SPEC.md#error
 const (
 	CodeIncompatibleVersion = 1
@@ -37,10 +37,12 @@ const (
 	CodeIO                  = 5
 	CodeDecode              = 6
 	CodeInvalidConfig       = 7
-	CodeTryAgain            = 11
+	CodeTryAgain            = 11  // ADD: no free address
 	CodeNotAvailable        = 50  // STATUS: the plugin cannot serve an ADD
 	CodeNetwork             = 100 // the kernel refused what was asked of it
 	CodeDrift               = 101 // CHECK: the pod's network is not as ADD left it
+	CodeNoAgent             = 102 // nobody answers on the socket
+	CodeLedger              = 103 // the ledger cannot be read or written
 )
 
 // Command is a CNI operation that the agent carries out.

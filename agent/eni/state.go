@@ -1,0 +1,136 @@
+package eni
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/tkenode/tkenode/agent/node"
+	"github.com/tkenode/tkenode/agent/tencent"
+)
+
+// PodState is one interface of one pod, and how it stands.
+type PodState struct {
+	Pod
+	Veth string `json:"veth"`
+	// State is "wired"; "no veth" while its network is being made or repaired;
+	// "dead" when its network namespace is gone and no DEL has come; or "address
+	// gone" when the cloud has taken its address away.
+	State string `json:"state"`
+}
+
+// State returns what `tkenode eni` and `tkenode pods` print. It asks nobody but
+// the kernel, for a counter.
+func (n *Network) State() (State, error) {
+	s, err := n.ledger.state()
+	if err != nil {
+		return State{}, err
+	}
+	n.mu.Lock()
+	blocked, seen, seenAt := n.blocked, n.seen, n.seenAt
+	n.mu.Unlock()
+	n.paths.mu.Lock()
+	sc, ready := n.paths.scene, maps.Clone(n.paths.ready)
+	n.paths.mu.Unlock()
+
+	out := describe(s, sc, ready, seen, time.Now())
+	if out.MetadataRefused, err = refusedNow(); err != nil {
+		return State{}, err
+	}
+	out.CloudSeen, out.Waiting = seenAt, int(n.waiting.Load())
+	if blocked != nil {
+		out.Blocked = fmt.Sprintf("%s: %v", node.ReasonOf(blocked, "Error"), blocked)
+	}
+	return out, nil
+}
+
+// describe puts together what is known of every slot and pod.
+func describe(s state, sc scene, ready map[int]int, seen []tencent.ENI, now time.Time) State {
+	out := State{Now: now.UTC(), ENIs: []ENIState{}, Pods: []PodState{}}
+	for _, slot := range s.slots() {
+		if slot.ENI == "" && slot.Intent == "" {
+			continue
+		}
+		_, ok := ready[slot.Number]
+		e := ENIState{Slot: slot, Device: sc.devices[slot.MAC].name, Ready: ok, Addresses: s.addresses(slot, now)}
+		if i := slices.IndexFunc(seen, func(e tencent.ENI) bool { return slot.ENI != "" && e.ID == slot.ENI }); i >= 0 {
+			e.SubnetID, e.SecurityGroups = seen[i].SubnetID, seen[i].SecurityGroups
+		}
+		out.ENIs = append(out.ENIs, e)
+	}
+	if c := s.exhausted(ready, now); c != nil {
+		out.Exhausted = c.Message
+	}
+	for _, p := range s.pods() {
+		name, _, _ := vethOf(p.Attachment)
+		st := PodState{Pod: p, Veth: name, State: "wired"}
+		wired, looked := sc.wired[p.Attachment]
+		switch {
+		case !slices.Contains(s.Slots[p.Slot].Addrs, p.Addr) || s.Slots[p.Slot].ENI != p.ENI:
+			st.State = "address gone"
+		case !looked || wired: // one that is newer than the last look has just been wired
+		case sc.alive[p.Attachment]:
+			st.State = "no veth"
+		default:
+			st.State = "dead"
+		}
+		out.Pods = append(out.Pods, st)
+	}
+	return out
+}
+
+// exhausted returns the warning that no address is left for another pod, or nil.
+// The node stays Ready: its pods run, and one that ends makes room.
+func (s state) exhausted(ready map[int]int, now time.Time) *node.Condition {
+	c := node.Condition{Type: node.PoolExhausted, Status: node.True, Reason: "NoFreeAddress"}
+	used := map[netip.Addr]bool{}
+	for _, p := range s.Pods {
+		used[p.Addr] = true
+		if p.Since.After(c.Since) {
+			c.Since = p.Since // the last address went to the newest pod
+		}
+	}
+	var short shortage
+	for number := range ready {
+		for _, a := range s.Slots[number].Addrs {
+			short.usable++
+			until := s.Rested[a]
+			switch {
+			case used[a]:
+				short.used++
+			case until.After(now):
+				if short.resting++; short.next.IsZero() || until.Before(short.next) {
+					short.next = until
+				}
+			default:
+				return nil
+			}
+		}
+	}
+	if len(ready) == 0 {
+		return nil // that is what NetworkReady says
+	}
+	c.Message = "no free VPC address: " + short.String()
+	if short.usable == 0 {
+		c.Message = "no free VPC address: the ENIs have none for pods"
+	}
+	return &c
+}
+
+// Exhausted returns the warning PoolExhausted, as of the last look, or nil. It
+// never waits: the socket tells it together with everything else.
+func (n *Network) Exhausted() *node.Condition {
+	c := n.exhausted.Load()
+	if c == nil {
+		return nil
+	}
+	told := *c
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.blocked != nil {
+		told.Message += fmt.Sprintf("; %s: %v", node.ReasonOf(n.blocked, "Error"), n.blocked)
+	}
+	return &told
+}
