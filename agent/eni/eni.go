@@ -121,6 +121,7 @@ func New(o Options) *Network {
 	}
 	n.pool = newPool(n, o.Cloud)
 	n.paths = &Paths{network: n, conflist: o.Conflist, configured: o.ConfiguredFile, ready: map[int]int{}}
+	n.ledger.witness = n.witness
 	return n
 }
 
@@ -212,7 +213,7 @@ func (s state) addresses(slot Slot, now time.Time) []AddressState {
 	}
 	for _, a := range slot.Addrs {
 		st := AddressState{Addr: a, State: "free"}
-		if until := s.Rested[a]; until.After(now) {
+		if until := s.restsUntil(a); until.After(now) {
 			st.State, st.Until = "cooling", until
 		}
 		all = append(all, st)

@@ -291,7 +291,7 @@ func (k *kernel) traceAddress(a netip.Addr, s state, cloud answered, sealed node
 			ledger.Text = fmt.Sprintf("%s's own, in slot %d; pods are never given it", slot.ENI, slot.Number)
 		case slices.Contains(slot.Addrs, a):
 			ledger.Text = fmt.Sprintf("an address of %s in slot %d, no pod has it", slot.ENI, slot.Number)
-			if until := s.Rested[a]; until.After(now) {
+			if until := s.restsUntil(a); until.After(now) {
 				ledger.Text += fmt.Sprintf("; it rests until %s", until.UTC().Format(time.RFC3339))
 			}
 			if cloud.err == nil && owner != slot.ENI {

@@ -94,6 +94,8 @@ type rest struct {
 type begin struct {
 	Instance string `json:"instance"`
 	Boot     string `json:"boot"`
+	// Settled is when addresses may be given out again after the ledger was rebuilt.
+	Settled time.Time `json:"settled,omitzero"`
 }
 
 // state is what the ledger says.
@@ -121,6 +123,12 @@ func (s *state) apply(r record) {
 		s.Quota = *r.Quota
 	case r.Slot != nil:
 		s.Slots[r.Slot.Number] = *r.Slot
+		for key, p := range s.Pods {
+			if p.ENI == "" && p.Slot == r.Slot.Number { // of a ledger that was rebuilt
+				p.ENI = r.Slot.ENI
+				s.Pods[key] = p
+			}
+		}
 	case r.Pod != nil:
 		s.Pods[r.Pod.Attachment] = *r.Pod
 	case r.Rest != nil:
@@ -165,6 +173,15 @@ func (s state) pods() []Pod {
 	})
 }
 
+// restsUntil returns when a pod may have the address again, or could have had; zero:
+// as far as is known, no pod ever had it.
+func (s state) restsUntil(a netip.Addr) time.Time {
+	if until := s.Rested[a]; until.After(s.Settled) {
+		return until
+	}
+	return s.Settled
+}
+
 func (s state) clone() state {
 	return state{begin: s.begin, Quota: s.Quota, Slots: maps.Clone(s.Slots), Pods: maps.Clone(s.Pods), Rested: maps.Clone(s.Rested)}
 }
@@ -175,6 +192,8 @@ func (s state) clone() state {
 type ledger struct {
 	path string
 	log  *slog.Logger
+	// witness returns what the node still knows, once it is known whose ledger this is.
+	witness func() (witness, bool, error)
 
 	mu      sync.Mutex // guards everything below
 	journal *journal   // nil until opened
@@ -188,7 +207,10 @@ type ledger struct {
 }
 
 func newLedger(dir string, log *slog.Logger) *ledger {
-	return &ledger{path: filepath.Join(dir, "ledger"), log: log, changed: make(chan struct{})}
+	return &ledger{
+		path: filepath.Join(dir, "ledger"), log: log, changed: make(chan struct{}),
+		witness: func() (witness, bool, error) { return witness{}, false, nil },
+	}
 }
 
 // open reads the journal if that has not been done. The caller holds mu.
@@ -204,9 +226,21 @@ func (l *ledger) open() error {
 }
 
 func (l *ledger) openIn(boot string) error {
+	w, sealed, err := l.witness()
+	if err != nil {
+		return fmt.Errorf("open ledger: %w", err)
+	}
 	j, all, err := openJournal(l.path)
+	damaged := err
 	if errors.Is(err, errDamaged) {
-		return node.Terminal("LedgerDamaged", "drain the node, remove the file and reboot", err)
+		if !sealed {
+			return node.Terminal("LedgerDamaged", "seal a configuration: the ledger is then rebuilt from the kernel and the cloud", err)
+		}
+		// Kept for whoever wants to know; its lock went with it.
+		if err := os.Rename(l.path, l.path+".damaged"); err != nil {
+			return fmt.Errorf("open ledger: %w", err)
+		}
+		j, all, err = openJournal(l.path)
 	}
 	if err != nil {
 		return fmt.Errorf("open ledger: %w", err)
@@ -222,14 +256,18 @@ func (l *ledger) openIn(boot string) error {
 		}
 		s.Boot = boot
 	}
+	if sealed {
+		if why := s.complete(w, damaged, time.Now()); why != nil {
+			l.log.Error("ledger rebuilt from the kernel; the cloud completes it", "was wrong", why,
+				"pods", len(s.Pods), "no address before", s.Settled)
+		}
+	}
 	if err := j.rewrite(s.records(time.Now())); err != nil {
 		return errors.Join(fmt.Errorf("rewrite ledger: %w", err), j.close())
 	}
-	l.journal, l.now, l.used, l.clean = j, s, map[netip.Addr]cni.Attachment{}, map[netip.Addr]bool{}
+	l.journal, l.now, l.clean = j, s, map[netip.Addr]bool{}
 	l.version++
-	for key, p := range s.Pods {
-		l.used[p.Addr] = key
-	}
+	l.index()
 	l.log.Info("ledger opened", "instance", s.Instance, "slots", len(s.Slots), "pods", len(s.Pods), "records", len(all))
 	return nil
 }
@@ -319,16 +357,24 @@ func (l *ledger) wait() <-chan struct{} {
 // is forgotten.
 func (l *ledger) begin(instance string) error {
 	l.mu.Lock()
-	b := begin{Instance: instance, Boot: l.now.Boot}
+	b := begin{Instance: instance, Boot: l.now.Boot, Settled: l.now.Settled}
 	err := l.put(record{Begin: &b})
 	if err == nil {
-		clear(l.used)
+		l.index()
 	}
 	l.mu.Unlock()
 	if err != nil {
 		return err
 	}
 	return l.sync()
+}
+
+// index finds who has which address. The caller holds mu.
+func (l *ledger) index() {
+	l.used = make(map[netip.Addr]cni.Attachment, len(l.now.Pods))
+	for key, p := range l.now.Pods {
+		l.used[p.Addr] = key
+	}
 }
 
 // wake wakes whoever waits for a change. The caller holds mu.

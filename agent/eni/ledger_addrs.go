@@ -59,14 +59,14 @@ func (l *ledger) allocate(p Pod, ready map[int]int, now time.Time) (Pod, shortag
 				short.used++
 				continue
 			}
-			until, rested := l.now.Rested[a]
+			until := l.now.restsUntil(a)
 			if until.After(now) {
 				if short.resting++; short.next.IsZero() || until.Before(short.next) {
 					short.next = until
 				}
 				continue
 			}
-			if rested && !l.clean[a] {
+			if !until.IsZero() && !l.clean[a] {
 				short.resting++ // the paths are about to clean it, which wakes
 				continue
 			}
@@ -128,7 +128,7 @@ func (l *ledger) withdrawLocked(slot Slot, addrs []netip.Addr, now time.Time) er
 		if key, ok := l.used[a]; ok {
 			return fmt.Errorf("give back %s: container %.12s has got it meanwhile", a, key.ContainerID)
 		}
-		if until := l.now.Rested[a]; until.After(now) {
+		if until := l.now.restsUntil(a); until.After(now) {
 			return fmt.Errorf("give back %s: it rests until %s", a, until.UTC().Format(time.RFC3339))
 		}
 	}
@@ -152,10 +152,10 @@ func (l *ledger) unclean(now time.Time) (addrs []netip.Addr, next time.Time) {
 	defer l.mu.Unlock()
 	for _, slot := range l.now.Slots {
 		for _, a := range slot.Addrs {
-			until, rested := l.now.Rested[a]
+			until := l.now.restsUntil(a)
 			_, used := l.used[a]
 			switch {
-			case !rested || used || l.clean[a]:
+			case until.IsZero() || used || l.clean[a]:
 			case !until.After(now):
 				addrs = append(addrs, a)
 			case next.IsZero() || until.Before(next):

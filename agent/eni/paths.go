@@ -83,6 +83,10 @@ func (p *Paths) Plan(ctx context.Context) (node.Plan, error) {
 	if s.Instance != sealed.Facts.InstanceID {
 		return plan, node.Waiting("LedgerNotBegun", "the ledger is not of this instance yet")
 	}
+	if pod, ok := s.homeless(); ok {
+		// Nothing is removed while what is wanted is not completely known.
+		return plan, node.Waiting("ENIUnknown", "pod %s is of slot %d, and the cloud has not said yet which ENI is in it", pod, pod.Slot)
+	}
 	steps, sc, err := p.observe(ctx, policyOf(sealed))
 	if err != nil {
 		return plan, err

@@ -251,7 +251,7 @@ func (p *slotPlan) count(s state, now time.Time, pods []Pod, states map[netip.Ad
 		switch {
 		case has[a]:
 			p.used++
-		case s.Rested[a].After(now):
+		case s.restsUntil(a).After(now):
 			p.cooling++
 		default:
 			p.free = append(p.free, a)

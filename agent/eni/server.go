@@ -349,6 +349,9 @@ func (n *Network) check(req cni.Request) error {
 			return cni.Errorf(cni.CodeDrift, "pod has another address", "prevResult says %s, its address is %s", a, pod.Addr)
 		}
 	}
+	if pod.NetNS == "" { // the ledger was rebuilt, and the kernel does not know it
+		pod.NetNS = req.NetNS
+	}
 	steps, err := n.paths.check(pod)
 	if err != nil {
 		return err

@@ -96,7 +96,7 @@ func (s state) exhausted(ready map[int]int, now time.Time) *node.Condition {
 	for number := range ready {
 		for _, a := range s.Slots[number].Addrs {
 			short.usable++
-			until := s.Rested[a]
+			until := s.restsUntil(a)
 			switch {
 			case used[a]:
 				short.used++
