@@ -228,11 +228,8 @@ func (n *Network) add(ctx context.Context, req cni.Request) (*cni.Result, error)
 	if err != nil {
 		return nil, err
 	}
-	if err := n.paths.wire(pod); err != nil {
+	if err := n.whileSyncing(func() error { return n.paths.wire(pod) }); err != nil {
 		return nil, errors.Join(err, n.del(req.Attachment))
-	}
-	if err := n.ledger.sync(); err != nil {
-		return nil, ledgerError{err}
 	}
 	host, hostMAC, mac := vethOf(pod.Attachment)
 	return &cni.Result{
@@ -320,13 +317,19 @@ func (n *Network) del(key cni.Attachment) error {
 	if err := n.ledger.release(key, time.Now()); err != nil {
 		return ledgerError{err}
 	}
-	if err := n.paths.unwire(pod); err != nil {
-		return err
+	return n.whileSyncing(func() error { return n.paths.unwire(pod) })
+}
+
+// whileSyncing works while what the ledger has goes to the disk: that takes as long
+// as the kernel does, and neither needs the other.
+func (n *Network) whileSyncing(work func() error) error {
+	synced := make(chan error, 1)
+	go func() { synced <- n.ledger.sync() }()
+	err := work()
+	if syncErr := <-synced; syncErr != nil {
+		err = errors.Join(err, ledgerError{syncErr})
 	}
-	if err := n.ledger.sync(); err != nil {
-		return ledgerError{err}
-	}
-	return nil
+	return err
 }
 
 // ledgerError is a call's failure for the ledger's sake: nothing is given away or
