@@ -58,9 +58,10 @@ func inNode(t *testing.T, f func(t *testing.T, n *testNode)) {
 			t.Fatalf("build plugin: %v\n%s", err, out)
 		}
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
+	run := "-test.run=^" + strings.ReplaceAll(t.Name(), "/", "$/^") + "$"
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", run, "-test.v", "-campaign="+*campaignFile, fmt.Sprint("-seed=", *campaignSeed), "-commit="+*campaignCommit)
 	cmd.Env = append(os.Environ(), childVariable+"="+t.Name(), "TKE_ENI="+plugin)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
 	out, err := cmd.CombinedOutput()
@@ -254,6 +255,11 @@ func (p *pod) path() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), 
 
 // plugin calls the shipped binary.
 func (p *pod) plugin(command string, conf map[string]any) (map[string]any, error) {
+	return p.pluginAt(command, p.path(), conf)
+}
+
+// pluginAt calls it for a namespace that may be gone.
+func (p *pod) pluginAt(command, path string, conf map[string]any) (map[string]any, error) {
 	config := map[string]any{"cniVersion": "1.1.0", "name": "tke-eni", "type": "tke-eni"}
 	for k, v := range conf {
 		config[k] = v
@@ -264,7 +270,7 @@ func (p *pod) plugin(command string, conf map[string]any) (map[string]any, error
 	defer cancel()
 	cmd := exec.CommandContext(ctx, os.Getenv("TKE_ENI"))
 	cmd.Env = []string{
-		"CNI_COMMAND=" + command, "CNI_CONTAINERID=" + p.container(), "CNI_IFNAME=eth0", "CNI_NETNS=" + p.path(), "CNI_PATH=/opt/cni/bin",
+		"CNI_COMMAND=" + command, "CNI_CONTAINERID=" + p.container(), "CNI_IFNAME=eth0", "CNI_NETNS=" + path, "CNI_PATH=/opt/cni/bin",
 		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=" + p.name,
 	}
 	cmd.Stdin = bytes.NewReader(in)
