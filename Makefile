@@ -8,7 +8,7 @@ LAB   := bin/tkelab
 .DEFAULT_GOAL := help
 # The tiers share bin/ and the processors: one after the other, also with -j.
 .NOTPARALLEL:
-.PHONY: help setup build demo down test test-unit test-kernel test-node check vuln fmt bench bench-boot clean
+.PHONY: help setup build demo down test test-unit test-kernel test-node check vuln fmt bench bench-boot bench-eni campaign-eni clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -47,10 +47,19 @@ vuln: ## known vulnerabilities of what we import (asks the Go vulnerability data
 fmt: ## format the code
 	gofmt -w $$(git ls-files '*.go')
 
-bench: bench-boot ## every benchmark
+bench: bench-boot bench-eni ## every benchmark
 
 bench-boot: setup build ## power-on to Ready against a hand-written node, in pairs
 	@$(LAB) bench boot
+
+bench-eni: setup build ## ADD, DEL and round trips of pods against ptp and host-local, in network namespaces; root
+	cd lab/bench/peer && CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags='-s -w' -o ../../../bin/peer/ tool
+	@$(SUDO) $(LAB) bench eni
+
+campaign-eni: setup build ## break the network of pods at random, by a seed (SEED=1); goes on where it was interrupted; root
+	@mkdir -p out
+	TKE_ENI='$(CURDIR)/bin/tke-eni' $(GO) test -tags kernel -count=1 -timeout 2h -run '^TestKernelCampaign' -exec '$(SUDO)' ./agent/eni/ \
+		-campaign $(CURDIR)/out/campaign-eni.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
 
 clean: down ## stop the lab and remove what was built here (the cache stays: ~/.cache/tkenode)
 	rm -rf bin out

@@ -9,38 +9,39 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/tkenode/tkenode/lab"
 	"github.com/tkenode/tkenode/lab/bench"
 )
 
-// benchmark measures one area in a lab of its own: figures go to standard output,
-// one JSON object a line, and what goes on to standard error.
+// benchmark measures one area: figures go to standard output, one JSON object a
+// line, and what goes on to standard error.
 func benchmark(ctx context.Context, args []string) error {
-	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	pairs := flags.Int("n", 3, "")
-	if len(args) == 0 || args[0] != "boot" {
+	areas := map[string]struct {
+		n   int // by default
+		run func(ctx context.Context, n int, p *progress) ([]bench.Figure, error)
+	}{"boot": {3, benchBoot}, "eni": {200, benchENI}}
+	if len(args) == 0 {
 		return fmt.Errorf("%w: which benchmark?", errUsage)
 	}
+	area, ok := areas[args[0]]
+	if !ok {
+		return fmt.Errorf("%w: no benchmark %q", errUsage, args[0])
+	}
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	n := flags.Int("n", area.n, "")
 	if err := flags.Parse(args[1:]); err != nil {
 		return fmt.Errorf("%w: %w", errUsage, err)
 	}
-	if flags.NArg() > 0 || *pairs < 1 {
+	if flags.NArg() > 0 || *n < 1 {
 		return fmt.Errorf("%w: at least one pair, and nothing more", errUsage)
 	}
 	p := newProgress(os.Stderr)
 	defer p.Close()
-	image, err := buildWith(ctx, p)
-	if err != nil {
-		return err
-	}
-	var figures []bench.Figure
-	err = withLab(ctx, image, p, func(l *lab.Lab) (err error) {
-		figures, err = bench.Boot(ctx, bench.BootOptions{Lab: l, Dir: labDir(), Image: image, Pairs: *pairs, Progress: p})
-		return err
-	})
+	figures, err := area.run(ctx, *n, p)
 	if err != nil {
 		return err
 	}
@@ -52,6 +53,39 @@ func benchmark(ctx context.Context, args []string) error {
 	}
 	return nil
 }
+
+// benchBoot has a lab of its own.
+func benchBoot(ctx context.Context, pairs int, p *progress) ([]bench.Figure, error) {
+	image, err := buildWith(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	var figures []bench.Figure
+	err = withLab(ctx, image, p, func(l *lab.Lab) (err error) {
+		figures, err = bench.Boot(ctx, bench.BootOptions{Lab: l, Dir: labDir(), Image: image, Pairs: pairs, Progress: p})
+		return err
+	})
+	return figures, err
+}
+
+// benchENI needs no lab but its VPC and its cloud. The plugins are where make puts
+// them: beside this binary.
+func benchENI(ctx context.Context, runs int, p *progress) ([]bench.Figure, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	bin := filepath.Dir(self)
+	if err := os.MkdirAll(cacheDir(), 0o755); err != nil {
+		return nil, err
+	}
+	return bench.ENI(ctx, bench.ENIOptions{
+		Dir: cacheDir(), Plugin: filepath.Join(bin, "tke-eni"), Peer: filepath.Join(bin, "peer"), Runs: runs, Progress: p,
+	})
+}
+
+// benchNode is the process of one stage of benchENI.
+func benchNode(ctx context.Context, args []string) error { return bench.ENIStage(ctx, args, os.Stdout) }
 
 // withLab runs f with a lab in this process, and nothing else in the lab's
 // directory.

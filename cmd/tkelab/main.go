@@ -16,6 +16,7 @@ import (
 	"syscall"
 
 	"github.com/tkenode/tkenode/images"
+	"github.com/tkenode/tkenode/lab/bench"
 )
 
 // command is one row of the table that `tkelab help` is printed from.
@@ -38,7 +39,8 @@ func commands() []command {
 		{"console", "[ID]", "show the serial console of a CVM", console},
 		{"kubectl", "ARGS…", "kubectl as the cluster's administrator", kubectl},
 		{"down", "", "stop the region; nothing is left behind", down},
-		{"bench", "boot [-n PAIRS]", "measure power-on to Ready against a hand-written node", benchmark},
+		{"bench", "boot|eni [-n PAIRS]", "measure power-on to Ready, or the network of pods, against what others have", benchmark},
+		{bench.ENINode, "", "", benchNode},
 		{"connect", "ADDR", "", connect},
 		{"serve", "", "", serve},
 	}
@@ -94,7 +96,7 @@ func usage(w io.Writer) {
 	fmt.Fprintln(w)
 	for _, c := range commands() {
 		if c.help != "" {
-			fmt.Fprintf(w, "  tkelab %-24s %s\n", c.name+" "+c.args, c.help)
+			fmt.Fprintf(w, "  tkelab %-27s %s\n", c.name+" "+c.args, c.help)
 		}
 	}
 	fmt.Fprintf(w, "\nEverything lives in %s ($TKENODE_CACHE).\n", cacheDir())

@@ -56,5 +56,11 @@ func median(values []float64) float64 {
 	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
 }
 
+// percentile of at least one value: the smallest that so many percent do not exceed.
+func percentile(values []float64, percent int) float64 {
+	v := slices.Sorted(slices.Values(values))
+	return v[max((len(v)*percent+99)/100-1, 0)]
+}
+
 // round keeps as many decimals as mean anything.
 func round(v float64) float64 { return math.Round(v*1000) / 1000 }
