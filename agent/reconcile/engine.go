@@ -46,10 +46,12 @@ type Module interface {
 const (
 	planDeadline  = 30 * time.Second
 	applyDeadline = 2 * time.Minute
-	grace         = 5 * time.Second       // after a deadline, before the instance counts as stuck
-	gap           = 20 * time.Millisecond // between two plans of one instance: wakes coalesce
-	shareFor      = time.Second           // a plan that was asked for answers others, too
-	maxRounds     = 8                     // of applying what is new before an instance counts as not converging
+	grace         = 5 * time.Second        // after a deadline, before the instance counts as stuck
+	gap           = 20 * time.Millisecond  // between two plans of one instance: wakes coalesce
+	planPause     = 4                      // times as long as a plan took, the next one of its instance waits at least
+	gapMax        = 250 * time.Millisecond // but not longer: what was broken is repaired within 1 s
+	shareFor      = time.Second            // a plan that was asked for answers others, too
+	maxRounds     = 8                      // of applying what is new before an instance counts as not converging
 	backoffMin    = 500 * time.Millisecond
 	backoffMax    = time.Minute
 	terminalRetry = 5 * time.Minute // a look whether the human has acted

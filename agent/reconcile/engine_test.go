@@ -551,3 +551,29 @@ func TestBoard(t *testing.T) {
 		}
 	})
 }
+
+// TestWakesLeaveTime holds that planning takes a fifth of the time at most while
+// wakes come without end, and that a single wake is answered at once.
+func TestWakesLeaveTime(t *testing.T) {
+	for took, most := range map[time.Duration]int{10 * time.Millisecond: 20, 100 * time.Millisecond: 3} {
+		synctest.Test(t, func(t *testing.T) {
+			busy := &thing{name: "busy", done: true, onPlan: func(context.Context) { time.Sleep(took) }}
+			e, _, stop := run(t, busy)
+			defer stop()
+			settle(2 * time.Second)
+			before := busy.planned()
+			e.Wake("busy")
+			settle(took)
+			if busy.planned() != before+1 {
+				t.Errorf("a plan of %s: not planned at once", took)
+			}
+			for range 1000 {
+				e.Wake("busy")
+				settle(time.Millisecond)
+			}
+			if n := busy.planned() - before - 1; n > most {
+				t.Errorf("a plan of %s: %d in a second, want at most %d", took, n, most)
+			}
+		})
+	}
+}

@@ -129,7 +129,11 @@ func (in *instance) step(ctx context.Context) (floor, ceiling time.Duration) {
 	}
 	var applied node.Plan // all that this step has applied
 	for round := 0; ; round++ {
+		began := time.Now()
 		plan, err := in.plan(ctx)
+		// Wakes may come without end, as while pods are added: planning leaves most of
+		// the time to what wakes it.
+		pause := min(planPause*time.Since(began), gapMax)
 		switch {
 		case ctx.Err() != nil:
 			return 0, 0
@@ -138,7 +142,7 @@ func (in *instance) step(ctx context.Context) (floor, ceiling time.Duration) {
 		case plan.Empty():
 			in.failures, in.waits = 0, 0
 			in.set(InstanceStatus{State: Converged, Reason: "Converged", NextTry: after(plan.Again)})
-			return 0, plan.Again
+			return pause, plan.Again
 		case round == maxRounds || repeats(applied, plan):
 			return in.notConverging(applied, plan)
 		}
