@@ -151,7 +151,7 @@ func (j *journal) append(r record) (full bool, err error) {
 	n, err := j.file.Write(line)
 	if err != nil {
 		// A part of a line must not stand in front of the next one.
-		return false, errors.Join(fmt.Errorf("write %s: %w", j.path, err), j.undo(n))
+		return false, errors.Join(err, j.undo(n))
 	}
 	j.size += int64(n)
 	j.mu.Lock()

@@ -165,9 +165,9 @@ func (e *episode) damage(whole []byte) (string, []byte) {
 // why, DELs are repeated by the runtime, and nothing is lost when there is room.
 func TestKernelCampaignFullDisk(t *testing.T) {
 	episodes(t, "full disk", 2, 30, 1, func(e *episode) {
-		e.manyAddrs(200)
+		e.manyAddrs(25 * e.steps) // none is used twice, as all rest
 		must(e.t, e.net.Close())
-		must(e.t, unix.Mount("tmpfs", e.dir, "tmpfs", 0, "size=128k"))
+		must(e.t, unix.Mount("tmpfs", e.dir, "tmpfs", 0, "size=256k"))
 		e.start()
 		e.attach("eth1")
 		e.converge()
@@ -192,7 +192,7 @@ func TestKernelCampaignFullDisk(t *testing.T) {
 		for i := range e.steps {
 			must(e.t, add(fmt.Sprint("before", i)))
 			e.fill(filepath.Join(e.dir, "filler"))
-			for j := range 40 { // what is left of the journal's last page is used up first
+			for j := range 23 { // what is left of the journal's last page is used up first
 				if err := add(fmt.Sprintf("full%d-%d", i, j)); err != nil {
 					if !strings.Contains(err.Error(), "no space left on device") {
 						e.t.Fatal(err)
