@@ -45,6 +45,9 @@ func TestKernelAddressReuse(t *testing.T) {
 		} else if short.String() != "0 of 1 addresses in use, 1 being made ready" {
 			t.Errorf("shortage: %s", short)
 		}
+		if p := n.plan(); !p.Serving {
+			t.Error("addresses that have rested are a reason to doubt the network")
+		}
 		if got := n.converge(); !strings.Contains(got, "forget connections of the last pods of ["+addr.String()+"]\n") {
 			t.Errorf("plan:\n%s", got)
 		}

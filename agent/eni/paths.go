@@ -106,6 +106,7 @@ func (p *Paths) Plan(ctx context.Context) (node.Plan, error) {
 		plan.Again = min(plan.Again, next.Sub(now))
 	}
 	waiting := p.settle(s, sc, len(steps) == 0)
+	plan.Serving = len(steps) == 0 && waiting == nil // whatever is to be forgotten
 	if !plan.Empty() {
 		return plan, nil
 	}
