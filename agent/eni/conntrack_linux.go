@@ -18,10 +18,17 @@ func (p *Paths) forget(addrs []netip.Addr) error {
 	for _, a := range addrs {
 		filter[a] = true
 	}
-	_, err := dump(func() (uint, error) {
-		return netlink.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, filter)
-	})
+	nl, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
 	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer nl.Close()
+	if err := nl.SetSocketTimeout(netlinkTimeout); err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	if _, err := dump(func() (uint, error) {
+		return nl.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, filter)
+	}); err != nil {
 		return fmt.Errorf("delete connection tracking entries: %w", err)
 	}
 	p.network.ledger.cleaned(addrs)
