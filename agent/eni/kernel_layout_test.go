@@ -50,7 +50,18 @@ func TestKernelTKECompat(t *testing.T) {
 				t.Errorf("while switching to %s: %v", switchTo, err)
 			}
 		}
+		isRouted := func() {
+			t.Helper()
+			if there, err := routed(webAddr); !there || err != nil {
+				t.Errorf("the address of a pod may be given back: routed %v, %v", there, err)
+			}
+			if there, err := routed(n.eni.Addrs[3]); there || err != nil {
+				t.Errorf("a free address may not be given back: routed %v, %v", there, err)
+			}
+		}
+		isRouted()
 		failed(node.LayoutTKECompat)
+		isRouted()
 		compat := n.kernelDump()
 		for _, want := range []string{
 			"512:	from all to " + webAddr.String() + " lookup main proto 154\n",
