@@ -346,6 +346,11 @@ func TestTokens(t *testing.T) {
 		}
 		seen[token] = true
 	}
+	want.rebuilt = now
+	if token := want.token(slot, stepCreate); seen[token] {
+		t.Error("a call has the token of one of before the ledger was lost")
+	}
+	want.rebuilt = time.Time{}
 	slot = Slot{Generation: 1}
 	slot.intend(stepCreate, now)
 	if seen[want.token(slot, stepCreate)] {

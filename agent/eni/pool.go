@@ -89,7 +89,7 @@ func (p *Pool) Plan(ctx context.Context) (node.Plan, error) {
 		plan.Add(func(context.Context) error { return p.network.ledger.begin(id) }, "begin the ledger of %s%s", id, formerly(s))
 		return plan, nil
 	}
-	want := poolWant{cluster: sealed.Config.Cluster.ID, facts: sealed.Facts, network: sealed.Config.Network}
+	want := poolWant{cluster: sealed.Config.Cluster.ID, facts: sealed.Facts, network: sealed.Config.Network, rebuilt: s.Settled}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	view, limit, err := p.observe(ctx, want, s)

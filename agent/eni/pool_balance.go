@@ -212,6 +212,9 @@ func (b *balance) addENI(n int, spared bool) (int, error) {
 func (b *balance) emptySlot() int {
 	number := 0
 	for ; number < maxSlots; number++ {
+		if b.state.awaits(number) {
+			continue
+		}
 		i := slices.IndexFunc(b.slots, func(p slotPlan) bool { return p.slot.Number == number })
 		if i < 0 {
 			break

@@ -60,6 +60,9 @@ type poolWant struct {
 	cluster string
 	facts   node.Facts
 	network node.NetworkConfig
+	// rebuilt is when the ledger was rebuilt, zero if never. It had counted the calls:
+	// a number may have been another call's.
+	rebuilt time.Time
 }
 
 // observes reports whether somebody else attaches ENIs.
@@ -100,7 +103,11 @@ func (w poolWant) bounds(q tencent.ENILimit) (enis, ips int) {
 // token makes a call idempotent: the same step of the same ENI has the same one,
 // also after a crash.
 func (w poolWant) token(slot Slot, step Step) string {
-	sum := sha256.Sum256(fmt.Appendf(nil, "%s/%d/%d/%s/%d", w.facts.InstanceID, slot.Number, slot.Generation, step, slot.Calls))
+	text := fmt.Appendf(nil, "%s/%d/%d/%s/%d", w.facts.InstanceID, slot.Number, slot.Generation, step, slot.Calls)
+	if !w.rebuilt.IsZero() {
+		text = fmt.Appendf(text, "/%d", w.rebuilt.Unix())
+	}
+	sum := sha256.Sum256(text)
 	return "tkenode-" + hex.EncodeToString(sum[:16])
 }
 
@@ -214,13 +221,19 @@ func slotTag(e tencent.ENI) (int, bool) {
 	return 0, false
 }
 
-// freeSlot returns the slot that an ENI was created for if nothing is in it, or
-// else the lowest that is empty.
+// freeSlot returns the slot in which the ENI was before the ledger was lost, as its
+// pods say, or that it was created for if nothing is in it, or else the lowest that
+// is empty.
 func freeSlot(s state, in map[int]tencent.ENI, e tencent.ENI) (int, bool) {
 	free := func(n int) bool {
 		_, taken := in[n]
 		slot := s.Slots[n]
-		return !taken && slot.ENI == "" && slot.Intent == ""
+		return !taken && slot.ENI == "" && slot.Intent == "" && !s.awaits(n)
+	}
+	if n, ok := s.awaited(e); ok {
+		if _, taken := in[n]; !taken && s.Slots[n].ENI == "" {
+			return n, true
+		}
 	}
 	if n, ok := slotTag(e); ok {
 		if _, taken := in[n]; !taken && s.Slots[n].ENI == "" {

@@ -3,6 +3,7 @@ package eni
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -13,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/tkenode/tkenode/agent/eni/cni"
+	"github.com/tkenode/tkenode/agent/tencent"
 )
 
 // witness is what the node itself still knows when the ledger does not: the pods
@@ -72,7 +74,9 @@ func (s *state) complete(w witness, damaged error, now time.Time) error {
 	var lost []Pod
 	for _, p := range w.pods {
 		_, known := s.Pods[p.Attachment]
-		_, rests := s.Rested[p.Addr] // its DEL is recorded; the link was still to go
+		// Its DEL is recorded, and the link was still to go. One that is older has a
+		// record that was lost: with a pod's namespace its link goes, too.
+		rests := s.Rested[p.Addr].After(now)
 		if !known && !rests {
 			lost = append(lost, p)
 		}
@@ -95,11 +99,34 @@ func (s *state) complete(w witness, damaged error, now time.Time) error {
 		if slices.ContainsFunc(w.pods, func(q Pod) bool { return q.Addr == p.Addr && q.Attachment != p.Attachment }) {
 			continue
 		}
+		// Whoever had the address before has no link: its DEL was lost.
+		maps.DeleteFunc(s.Pods, func(_ cni.Attachment, old Pod) bool { return old.Addr == p.Addr })
 		p.ENI, p.Since = s.Slots[p.Slot].ENI, now.UTC().Truncate(time.Millisecond)
 		s.Pods[p.Attachment] = p
 	}
 	s.Settled = now.Add(coolDown).UTC().Truncate(time.Second)
 	return why
+}
+
+// awaits reports whether a slot must have the ENI that it had when the ledger was
+// lost, since pods have addresses of it.
+func (s state) awaits(slot int) bool {
+	for _, p := range s.Pods {
+		if p.ENI == "" && p.Slot == slot {
+			return true
+		}
+	}
+	return false
+}
+
+// awaited returns the slot that awaits an ENI: one of its pods has an address of it.
+func (s state) awaited(e tencent.ENI) (int, bool) {
+	for _, p := range s.Pods {
+		if p.ENI == "" && slices.ContainsFunc(e.IPs, func(ip tencent.IP) bool { return ip.Addr == p.Addr }) {
+			return p.Slot, true
+		}
+	}
+	return 0, false
 }
 
 // homeless returns a pod whose slot is not known: the ledger was rebuilt.

@@ -2,10 +2,14 @@ package eni
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/tkenode/tkenode/agent/node"
+	"github.com/tkenode/tkenode/agent/tencent"
 )
 
 func testPod(name, addr string) Pod {
@@ -45,8 +49,10 @@ func TestLedgerIsCompleted(t *testing.T) {
 		}
 		return s
 	}
-	resting := knows(a)
-	resting.Rested[b.Addr] = now.Add(-time.Hour)
+	resting, rested := knows(a), knows(a)
+	resting.Rested[b.Addr] = now.Add(time.Minute)
+	rested.Rested[b.Addr] = now.Add(-time.Hour)
+	before := testPod("before", b.Addr.String())
 	double := b
 	double.Addr = a.Addr
 	for _, c := range []struct {
@@ -60,6 +66,8 @@ func TestLedgerIsCompleted(t *testing.T) {
 		{"whole", knows(a, b), witness{pods: []Pod{a, b}, configured: true}, nil, "", 2},
 		{"new node", newState(), witness{}, nil, "", 0},
 		{"link still to go", resting, witness{pods: []Pod{a, b}, configured: true}, nil, "", 1},
+		{"record lost of an address that had rested", rested, witness{instance: "ins-1", pods: []Pod{a, b}, configured: true}, nil, "default/b", 2},
+		{"DEL lost, and the record of the next pod", knows(a, before), witness{instance: "ins-1", pods: []Pod{a, b}, configured: true}, nil, "default/b", 2},
 		{"record lost", knows(a), witness{pods: []Pod{a, b}, configured: true}, nil, "default/b", 2},
 		{"missing", newState(), witness{instance: "ins-1", pods: []Pod{a, b}, configured: true}, nil, "2 pods", 2},
 		{"missing, without pods", newState(), witness{instance: "ins-1", configured: true}, nil, "missing", 0},
@@ -81,5 +89,36 @@ func TestLedgerIsCompleted(t *testing.T) {
 				t.Errorf("instance %q", c.s.Instance)
 			}
 		})
+	}
+}
+
+// TestSlotsAfterRebuild holds that an ENI comes back into the slot that its pods
+// name, whatever the order in which the cloud shows it, and that no other ENI does.
+func TestSlotsAfterRebuild(t *testing.T) {
+	s := newState()
+	for i, a := range []string{"10.0.16.5", "10.0.16.25"} {
+		p := testPod(fmt.Sprint("p", i), a)
+		p.Slot = i
+		s.Pods[p.Attachment] = p
+	}
+	eni := func(id string, addrs ...string) tencent.ENI {
+		e := tencent.ENI{ID: id, Attachment: &tencent.Attachment{InstanceID: "ins-1"}}
+		for _, a := range addrs {
+			e.IPs = append(e.IPs, tencent.IP{Addr: netip.MustParseAddr(a)})
+		}
+		return e
+	}
+	want := poolWant{facts: node.Facts{InstanceID: "ins-1"}, network: node.NetworkConfig{Allocator: node.AllocatorObserve}}
+	view := cloudView{enis: []tencent.ENI{eni("eni-new", "10.0.16.30"), eni("eni-1", "10.0.16.24", "10.0.16.25"), eni("eni-0", "10.0.16.4", "10.0.16.5")}}
+	in, _ := view.claim(want, s)
+	if len(in) != 3 || in[0].ID != "eni-0" || in[1].ID != "eni-1" || in[2].ID != "eni-new" {
+		t.Errorf("ENIs by slot: %+v", in)
+	}
+	if b := (&balance{state: s}); b.emptySlot() != 0 || b.slots[0].slot.Number != 2 {
+		t.Errorf("a new ENI would go into the slot of another: %+v", b.slots)
+	}
+	s.apply(record{Slot: &Slot{Number: 0, ENI: "eni-0", MAC: "52:54:00:00:00:02"}})
+	if p, ok := s.homeless(); !ok || p.Slot != 1 || s.awaits(0) || !s.awaits(1) {
+		t.Errorf("homeless once slot 0 is known: %v, %v", p, ok)
 	}
 }
