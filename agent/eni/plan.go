@@ -125,8 +125,12 @@ type policy struct {
 
 func policyOf(s node.Sealed) policy {
 	n := s.Config.Network
+	inside := n.NonMasqueradeCIDRs
+	if len(inside) == 0 { // sealed by a version that did not know of it
+		inside = node.PrivateNetworks
+	}
 	return policy{
-		primaryMAC: s.Facts.MAC, primary: s.Facts.PrivateIP, inside: n.NonMasqueradeCIDRs,
+		primaryMAC: s.Facts.MAC, primary: s.Facts.PrivateIP, inside: inside,
 		metadata: n.MetadataAccess, compat: n.Layout == node.LayoutTKECompat,
 	}
 }

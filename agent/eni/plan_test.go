@@ -202,6 +202,20 @@ func randomCase(r *rand.Rand) pathsCase {
 	return c
 }
 
+// TestPolicyOfAnOlderSeal holds that a node that was sealed before there were lists
+// of destinations is as one that leaves them out.
+func TestPolicyOfAnOlderSeal(t *testing.T) {
+	pol := policyOf(node.Sealed{})
+	for to, inside := range map[string]bool{"10.0.0.20": true, "172.31.255.255": true, "192.168.0.1": true, "100.64.0.1": true, "203.0.113.9": false, "169.254.0.23": false} {
+		if got := pol.sees(netip.MustParseAddr(to)); got != inside {
+			t.Errorf("%s is inside: %v", to, got)
+		}
+	}
+	if pol.compat {
+		t.Error("it has TKE's layout")
+	}
+}
+
 func TestVethNames(t *testing.T) {
 	key := cni.Attachment{ContainerID: "0123456789abcdef", IfName: "eth0"}
 	name, hostMAC, podMAC := vethOf(key)

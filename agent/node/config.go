@@ -98,6 +98,21 @@ type NetworkConfig struct {
 	MetadataAccess []string `json:"metadataAccess,omitempty" yaml:"metadataAccess"`
 }
 
+// PrivateNetworks are the destinations that see a pod's own address unless the
+// NodeConfig says otherwise: RFC 1918, of which every VPC's, peer's and data
+// centre's range is a part, and RFC 6598, which the cloud's load balancers use.
+// Only what is beyond them needs the primary ENI, the one that can have a public
+// address. A VPC's own range, which only the cloud's API knows, would add nothing
+// but a call that can fail. 169.254.0.0/16 is not among them: the services there,
+// metadata first, know the instance by its primary address.
+// Source of VPCs' ranges: https://cloud.tencent.com/document/product/215/20046
+var PrivateNetworks = []netip.Prefix{
+	netip.MustParsePrefix("10.0.0.0/8"),
+	netip.MustParsePrefix("172.16.0.0/12"),
+	netip.MustParsePrefix("192.168.0.0/16"),
+	netip.MustParsePrefix("100.64.0.0/10"),
+}
+
 // WarmIPs says how many addresses are held that no pod uses, as TKE's
 // ip-min-warm-target and ip-max-warm-target do.
 type WarmIPs struct {

@@ -2,7 +2,6 @@ package nodeconfig
 
 import (
 	"encoding/base64"
-	"net/netip"
 	"strings"
 	"time"
 
@@ -21,7 +20,7 @@ func defaults(c *node.Config, present map[string]int) {
 	fill(present, "network.warmIPs.max", &c.Network.WarmIPs.Max, max(warm, c.Network.WarmIPs.Min))
 	fill(present, "network.warmIPs.min", &c.Network.WarmIPs.Min, max(min(warm, c.Network.WarmIPs.Max), 0))
 	fill(present, "network.layout", &c.Network.Layout, node.LayoutMark)
-	fill(present, "network.nonMasqueradeCIDRs", &c.Network.NonMasqueradeCIDRs, privateNetworks)
+	fill(present, "network.nonMasqueradeCIDRs", &c.Network.NonMasqueradeCIDRs, node.PrivateNetworks)
 	for i := range c.Disks {
 		fill(present, index("disks", i)+".fileSystem", &c.Disks[i].FileSystem, node.Ext4)
 	}
@@ -29,21 +28,6 @@ func defaults(c *node.Config, present map[string]int) {
 	fill(present, "cloud.apiDomain", &c.Cloud.APIDomain, "internal.tencentcloudapi.com")
 	c.Cluster.CertificateAuthority = pemText(c.Cluster.CertificateAuthority)
 	c.Cloud.CertificateAuthority = pemText(c.Cloud.CertificateAuthority)
-}
-
-// privateNetworks are the destinations that see a pod's own address unless the
-// NodeConfig says otherwise: RFC 1918, of which every VPC's, peer's and data
-// centre's range is a part, and RFC 6598, which the cloud's load balancers use.
-// Only what is beyond them needs the primary ENI, the one that can have a public
-// address. A VPC's own range, which only the cloud's API knows, would add nothing
-// but a call that can fail. 169.254.0.0/16 is not among them: the services there,
-// metadata first, know the instance by its primary address.
-// Source of VPCs' ranges: https://cloud.tencent.com/document/product/215/20046
-var privateNetworks = []netip.Prefix{
-	netip.MustParsePrefix("10.0.0.0/8"),
-	netip.MustParsePrefix("172.16.0.0/12"),
-	netip.MustParsePrefix("192.168.0.0/16"),
-	netip.MustParsePrefix("100.64.0.0/10"),
 }
 
 func fill[T any](present map[string]int, field string, v *T, to T) {
