@@ -228,6 +228,7 @@ func writeFish(w io.Writer) {
 			fmt.Fprintf(w, "complete -c tkenode -f -n '__fish_seen_subcommand_from %s' -a %s -d %s\n", a, b, quote(help[a+" "+b]))
 		}
 	}
+	written := map[string]bool{} // commands of two words may share a flag
 	for _, c := range commands() {
 		a, _, _ := strings.Cut(c.name, " ")
 		flags(c).VisitAll(func(f *flag.Flag) {
@@ -239,7 +240,11 @@ func writeFish(w io.Writer) {
 				arg = " -x -a 'text json'"
 			}
 			_, usage := flag.UnquoteUsage(f)
-			fmt.Fprintf(w, "complete -c tkenode -n '__fish_seen_subcommand_from %s' %s %s%s -d %s\n", a, kind, f.Name, arg, quote(usage))
+			line := fmt.Sprintf("complete -c tkenode -n '__fish_seen_subcommand_from %s' %s %s%s -d %s\n", a, kind, f.Name, arg, quote(usage))
+			if !written[line] {
+				written[line] = true
+				io.WriteString(w, line)
+			}
 		})
 	}
 }
