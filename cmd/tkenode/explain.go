@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/tkenode/tkenode/agent/api"
@@ -48,6 +49,10 @@ know of the address, where the kernel sends packets to it, and what a pod may ha
 	},
 }
 
+// explainDeadline is several times what the agent waits for the cloud: it answers
+// one question at a time.
+const explainDeadline = 30 * time.Second
+
 // explain asks what parse makes of the one argument.
 func explain(fs *flag.FlagSet, parse func(string) (eni.Question, error)) action {
 	format := output(fs)
@@ -70,6 +75,8 @@ func explain(fs *flag.FlagSet, parse func(string) (eni.Question, error)) action 
 		}
 		c := api.NewClient(api.Socket)
 		defer c.Close()
+		ctx, cancel := context.WithTimeout(ctx, explainDeadline)
+		defer cancel()
 		e, err := c.Explain(ctx, q)
 		if err != nil {
 			return err
