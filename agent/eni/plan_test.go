@@ -245,7 +245,8 @@ type poolCase struct {
 	Subnets   []string          `json:"subnetIDs"` // default subnet-pods0001
 	Slots     []Slot            `json:"slots"`
 	Pods      []Pod             `json:"pods"`
-	Rested    map[string]string `json:"rested"` // until when, from now
+	Rested    map[string]string `json:"rested"`  // until when, from now
+	Settled   string            `json:"settled"` // when the rebuilt ledger lets addresses be used, from now
 	ENIs      []tencent.ENI     `json:"enis"`
 	Missing   string            `json:"missing"` // how long the ledger's ENI has not been seen
 	Waiting   int               `json:"waiting"` // ADDs
@@ -305,6 +306,9 @@ func (c poolCase) scene(t *testing.T) (poolWant, state, cloudView) {
 	}
 	for _, p := range c.Pods {
 		s.Pods[p.Attachment] = p
+	}
+	if c.Settled != "" {
+		s.Settled = ago("-" + c.Settled)
 	}
 	for a, d := range c.Rested {
 		s.Rested[netip.MustParseAddr(a)] = ago("-" + d)

@@ -26,9 +26,9 @@ func (b *balance) plan() poolPlan {
 	free := b.sum(func(p slotPlan) int { return len(p.free) })
 	coming := b.sum(func(p slotPlan) int {
 		if p.late(b.view.now) {
-			return 0
+			return p.settling
 		}
-		return p.coming
+		return p.coming + p.settling
 	})
 	warm := b.want.network.WarmIPs
 	lack := 0

@@ -23,6 +23,7 @@ type slotPlan struct {
 	// Addresses for pods: on the ENI; of these with a pod, without one, and without
 	// one and resting; asked for and not usable yet.
 	bound, used, cooling, coming int
+	settling                     int // of those that rest, for the rebuilt ledger's sake alone: so would any other
 	free                         []netip.Addr
 	gone                         int // pods whose address the ENI does not have
 }
@@ -251,8 +252,11 @@ func (p *slotPlan) count(s state, now time.Time, pods []Pod, states map[netip.Ad
 		switch {
 		case has[a]:
 			p.used++
-		case s.restsUntil(a).After(now):
+		case s.Rested[a].After(now):
 			p.cooling++
+		case s.Settled.After(now):
+			p.cooling++
+			p.settling++
 		default:
 			p.free = append(p.free, a)
 		}
