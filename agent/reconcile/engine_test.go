@@ -158,7 +158,8 @@ func TestLaw1NotConvergingShowsBothPlans(t *testing.T) {
 			t.Errorf("condition %v", c)
 		}
 		settle(10 * time.Minute)
-		if m.applies > 20 {
+		// The shortest pauses are half of each: 7 in 32 s, and then one of 30 s each.
+		if m.applies > 28 {
 			t.Errorf("applied %d times in 10 minutes: no back-off", m.applies)
 		}
 		m.set(func() { m.sticky = false })
