@@ -73,6 +73,7 @@ type Options struct {
 	Dir            string    // of the ledger; /var/lib/tkenode/eni
 	Conflist       string    // /etc/cni/net.d/10-tke-eni.conflist
 	ConfiguredFile string    // cni.ConfiguredFile
+	Plugins        string    // where the runtime has its CNI plugins; /opt/cni/bin
 	Queue          cni.Queue // cni.QueueDir
 }
 
@@ -105,6 +106,7 @@ func New(o Options) *Network {
 	o.Dir = cmp.Or(o.Dir, "/var/lib/tkenode/eni")
 	o.Conflist = cmp.Or(o.Conflist, "/etc/cni/net.d/10-tke-eni.conflist")
 	o.ConfiguredFile = cmp.Or(o.ConfiguredFile, cni.ConfiguredFile)
+	o.Plugins = cmp.Or(o.Plugins, "/opt/cni/bin")
 	o.Queue = cmp.Or(o.Queue, cni.QueueDir)
 	if o.Log == nil {
 		o.Log = slog.Default()
@@ -120,7 +122,7 @@ func New(o Options) *Network {
 		lost:      lost{},
 	}
 	n.pool = newPool(n, o.Cloud)
-	n.paths = &Paths{network: n, conflist: o.Conflist, configured: o.ConfiguredFile, ready: map[int]int{}}
+	n.paths = &Paths{network: n, conflist: o.Conflist, configured: o.ConfiguredFile, plugins: o.Plugins, ready: map[int]int{}}
 	n.ledger.witness = n.witness
 	return n
 }

@@ -147,6 +147,7 @@ func (n *testNode) start() {
 		Log:      slog.New(slog.NewTextHandler(n.t.Output(), nil)),
 		Dir:      n.dir,
 		Conflist: filepath.Join(n.dir, "net.d/10-tke-eni.conflist"),
+		Plugins:  os.Getenv("CNI_PATH"),
 	})
 }
 

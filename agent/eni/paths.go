@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -22,8 +23,9 @@ import (
 // the same objects, under the same lock.
 type Paths struct {
 	network    *Network
-	conflist   string
+	conflist   string // its file
 	configured string
+	plugins    string // the directory of CNI plugins
 
 	observing sync.Mutex // guards eyes: one plan at a time
 	eyes      *kernel
@@ -158,26 +160,35 @@ func (p *Paths) compare(pol policy) ([]step, scene, error) {
 	return diff(want, have), sc, nil
 }
 
-// conflist is what the runtime calls for every pod: our plugin, and then those of
-// the CNI project that carry out hostPort and the bandwidth annotations. They do
-// nothing for a pod that has neither.
-const conflist = `{
-  "cniVersion": "1.1.0",
-  "name": %[1]q,
-  "plugins": [
-    {"type": %[1]q},
-    {"type": "portmap", "capabilities": {"portMappings": true}, "backend": "nftables"},
-    {"type": "bandwidth", "capabilities": {"bandwidth": true}}
-  ]
+// chained are the plugins of the CNI project that are called after ours, for
+// hostPort and the bandwidth annotations. They do nothing for a pod without.
+var chained = []struct{ name, conf string }{
+	{"portmap", `{"type": "portmap", "capabilities": {"portMappings": true}, "backend": "nftables"}`},
+	{"bandwidth", `{"type": "bandwidth", "capabilities": {"bandwidth": true}}`},
 }
-`
+
+// conflist is what the runtime calls for every pod. One that is not there would
+// fail the ADD of all of them: an image that somebody else makes may lack it.
+func conflist(there func(plugin string) bool) string {
+	plugins := fmt.Sprintf("    {\"type\": %q}", cni.Network)
+	for _, c := range chained {
+		if there(c.name) {
+			plugins += ",\n    " + c.conf
+		}
+	}
+	return fmt.Sprintf("{\n  \"cniVersion\": \"1.1.0\",\n  \"name\": %q,\n  \"plugins\": [\n%s\n  ]\n}\n", cni.Network, plugins)
+}
 
 // files are written when the network is configured for the first time, and not
 // before: kubelet is Ready as soon as containerd sees the first of them.
 func (p *Paths) files() []file {
+	there := func(plugin string) bool {
+		_, err := os.Stat(filepath.Join(p.plugins, plugin))
+		return err == nil
+	}
 	return []file{
 		{p.configured, "configured\n"},
-		{p.conflist, fmt.Sprintf(conflist, cni.Network)},
+		{p.conflist, conflist(there)},
 	}
 }
 

@@ -202,6 +202,30 @@ func randomCase(r *rand.Rand) pathsCase {
 	return c
 }
 
+func TestConflist(t *testing.T) {
+	for _, c := range []struct{ there, want []string }{
+		{nil, []string{"tke-eni"}},
+		{[]string{"bandwidth"}, []string{"tke-eni", "bandwidth"}},
+		{[]string{"portmap", "bandwidth"}, []string{"tke-eni", "portmap", "bandwidth"}},
+	} {
+		text := conflist(func(plugin string) bool { return slices.Contains(c.there, plugin) })
+		var list struct {
+			CNIVersion, Name string
+			Plugins          []struct{ Type string }
+		}
+		if err := json.Unmarshal([]byte(text), &list); err != nil {
+			t.Fatalf("%v in\n%s", err, text)
+		}
+		var got []string
+		for _, p := range list.Plugins {
+			got = append(got, p.Type)
+		}
+		if !slices.Equal(got, c.want) || list.CNIVersion != "1.1.0" || list.Name != "tke-eni" {
+			t.Errorf("with %v:\n%s", c.there, text)
+		}
+	}
+}
+
 // TestPolicyOfAnOlderSeal holds that a node that was sealed before there were lists
 // of destinations is as one that leaves them out.
 func TestPolicyOfAnOlderSeal(t *testing.T) {
