@@ -233,8 +233,9 @@ func changed(st fs.FileInfo) time.Time {
 	return time.Unix(ctim.Unix())
 }
 
-// writeFile replaces a file as a whole: whoever reads it finds the old or the
-// new one, also after a power cut.
+// writeFile replaces a file as a whole: whoever reads it finds the old or the new
+// one. It is not synced: what a power cut makes of it is found by the next plan,
+// before which nothing that reads it is started.
 func writeFile(root string, f node.File) (err error) {
 	path := root + f.Path
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -259,7 +260,7 @@ func writeFile(root string, f node.File) (err error) {
 		tmp.Close()
 		return err
 	}
-	if err := firstError(tmp.Chmod(f.Mode&fs.ModePerm), tmp.Sync(), tmp.Close()); err != nil {
+	if err := firstError(tmp.Chmod(f.Mode&fs.ModePerm), tmp.Close()); err != nil {
 		return err
 	}
 	if err := os.Rename(name, path); err != nil {
