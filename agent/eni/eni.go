@@ -58,6 +58,7 @@ type Cloud interface {
 	UnassignIPs(ctx context.Context, eniID string, addrs []netip.Addr) (string, error)
 	DetachENI(ctx context.Context, eniID, instanceID, clientToken string) (string, error)
 	DeleteENI(ctx context.Context, eniID string) (string, error)
+	TaskResult(ctx context.Context, taskID string) (tencent.Task, error)
 }
 
 // Options say where things are. The zero value of a field is the node's own.

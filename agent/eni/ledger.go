@@ -44,6 +44,8 @@ type Slot struct {
 	// Leaving are the addresses that are being given back: no pod gets them, though
 	// the cloud may still show them.
 	Leaving []netip.Addr `json:"leaving,omitempty"`
+	// Task is the cloud's, of a creation: that it has failed ends a wait.
+	Task string `json:"task,omitempty"`
 	// Calls counts intents, so that each gets a token of its own.
 	Calls int `json:"calls,omitempty"`
 }

@@ -278,6 +278,7 @@ type poolCase struct {
 	Idle      map[string]string `json:"idle"`    // ENIs that are not needed, for how long
 	Spare     map[string]string `json:"spare"`   // ENIs in no slot, for how long
 	Refused   map[string]string `json:"refused"` // what is held up, and by which code
+	Failed    map[string]string `json:"failed"`  // ENIs that their creation has not attached, and why
 }
 
 // TestPoolPlan compares the plan for a ledger and what the cloud says with the
@@ -349,7 +350,7 @@ func (c poolCase) scene(t *testing.T) (poolWant, state, cloudView) {
 	}
 	view := cloudView{
 		enis: c.ENIs, now: now, missing: map[string]time.Time{}, waiting: c.Waiting,
-		idle: since(c.Idle), spare: since(c.Spare), holds: map[string]hold{},
+		idle: since(c.Idle), spare: since(c.Spare), holds: map[string]hold{}, failed: c.Failed,
 		subnets: map[string]tencent.Subnet{
 			"subnet-pods0001": {ID: "subnet-pods0001", CIDR: netip.MustParsePrefix("10.0.16.0/20"), Zone: "ap-guangzhou-3", AvailableIPs: 4000},
 			"subnet-pods0002": {ID: "subnet-pods0002", CIDR: netip.MustParsePrefix("10.0.32.0/20"), Zone: "ap-guangzhou-3", AvailableIPs: 3},

@@ -140,6 +140,7 @@ func (p *Pool) observe(ctx context.Context, want poolWant, s state) (cloudView, 
 	p.missing = since(p.missing, view.now, unseen(view.enis, s))
 	p.forgetHolds(view.now)
 	view.missing, view.idle, view.spare, view.excess = p.missing, p.idle, p.spare, p.excess
+	view.failed = p.failed(ctx, view.enis, s)
 	err = p.describeSubnets(ctx, want, view)
 	maps.Copy(view.subnets, p.subnets)
 	view.holds = maps.Clone(p.holds)
@@ -161,6 +162,24 @@ func (p *Pool) describe(ctx context.Context, want poolWant, s state) ([]tencent.
 	// Its tags may have been taken off: that is no reason to make another.
 	attached, err := p.cloud.DescribeENIs(ctx, id)
 	return append(enis, attached...), err
+}
+
+// failed returns why creations have not attached their ENIs, by ENI. It is asked only
+// where the cloud shows one detached, and tells only that nothing is under way any
+// more: what it does not tell is waited for as ever.
+func (p *Pool) failed(ctx context.Context, enis []tencent.ENI, s state) map[string]string {
+	why := map[string]string{}
+	for _, slot := range s.slots() {
+		if slot.Intent != stepCreate || slot.Task == "" || !slices.ContainsFunc(enis, func(e tencent.ENI) bool {
+			return e.ID == slot.ENI && e.State == tencent.StateAvailable && e.Attachment == nil
+		}) {
+			continue
+		}
+		if task, err := p.cloud.TaskResult(ctx, slot.Task); err == nil && task.Status == tencent.TaskFailed {
+			why[slot.ENI] = task.Output
+		}
+	}
+	return why
 }
 
 // quota returns the instance's quota. It is asked for when the agent starts, since
@@ -308,8 +327,9 @@ func (p *Pool) call(ctx context.Context, want poolWant, st poolStep) (Slot, erro
 	switch id := want.facts.InstanceID; st.call {
 	case stepCreate:
 		var made tencent.ENI
-		if made, _, err = p.cloud.CreateENI(ctx, st.spec); err == nil {
-			slot.ENI = made.ID
+		var task string
+		if made, task, err = p.cloud.CreateENI(ctx, st.spec); err == nil {
+			slot.ENI, slot.Task = made.ID, task
 		}
 	case stepAttach:
 		_, err = p.cloud.AttachENI(ctx, slot.ENI, id, want.token(slot, stepAttach))

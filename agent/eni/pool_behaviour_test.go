@@ -134,18 +134,21 @@ func TestPoolReapsItsOwn(t *testing.T) {
 		if err := n.converges(time.Minute); err != nil {
 			t.Fatal(err)
 		}
-		create := func(token string, tags ...tencent.Tag) string {
-			e, _, err := n.api.CreateENI(t.Context(), tencent.ENISpec{VPCID: "vpc-lab00001", SubnetID: "subnet-pods0001", Name: "n",
-				SecurityGroupIDs: []string{"sg-lab00001"}, ClientToken: token, Tags: tags})
+		create := func(tags ...tencent.Tag) string {
+			var on []cloud.Tag
+			for _, t := range tags {
+				on = append(on, cloud.Tag(t))
+			}
+			e, err := n.region.CreateENI("subnet-pods0001", on...)
 			if err != nil {
 				t.Fatal(err)
 			}
 			return e.ID
 		}
 		want := poolWant{cluster: n.sealed.Config.Cluster.ID, facts: n.sealed.Facts}
-		ours, foreign := create("a", want.tags(0)...), create("b")
+		ours, foreign := create(want.tags(0)...), create()
 		want.facts.InstanceID = "ins-other001"
-		others := create("c", want.tags(0)...)
+		others := create(want.tags(0)...)
 		began := time.Now()
 		has := func(id string) bool {
 			return slices.ContainsFunc(n.region.Snapshot().ENIs, func(e cloud.ENI) bool { return e.ID == id })
@@ -170,13 +173,8 @@ func TestPoolObserves(t *testing.T) {
 		if _, err := n.run(10 * time.Second); node.ReasonOf(err, "") != "ENINotAttached" {
 			t.Errorf("without an ENI: %v", err)
 		}
-		e, _, err := n.api.CreateENI(t.Context(), tencent.ENISpec{VPCID: "vpc-lab00001", SubnetID: "subnet-pods0001", Name: "terraform",
-			SecurityGroupIDs: []string{"sg-lab00001"}, ClientToken: "t", SecondaryIPs: 6})
-		if err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(3 * time.Second)
-		if _, err := n.api.AttachENI(t.Context(), e.ID, n.sealed.Facts.InstanceID, "a"); err != nil {
+		if _, _, err := n.api.CreateENI(t.Context(), tencent.ENISpec{VPCID: "vpc-lab00001", SubnetID: "subnet-pods0001", Name: "terraform",
+			SecurityGroupIDs: []string{"sg-lab00001"}, InstanceID: n.sealed.Facts.InstanceID, ClientToken: "t", SecondaryIPs: 6}); err != nil {
 			t.Fatal(err)
 		}
 		before := n.mutations()

@@ -53,6 +53,8 @@ type cloudView struct {
 	spare   map[string]time.Time // since when an ENI of ours is in no slot
 	excess  time.Time            // since when there are more free addresses than wanted, or the last was given back
 	holds   map[string]hold
+
+	failed map[string]string // ENIs that their creation has not attached, and why
 }
 
 // poolWant is what the pool is to hold.

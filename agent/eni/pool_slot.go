@@ -150,10 +150,14 @@ func (p *slotPlan) detached(want poolWant, view cloudView) {
 	if step == stepDelete {
 		p.coming = 0
 	}
+	why, failed := view.failed[p.eni.ID]
 	switch err := view.refusal(p.key(), throttleKey(step)); {
 	case err != nil:
 		p.wait = err
-	case busy(slot, stepAttach, view.now):
+	case failed && slot.Intent == stepCreate: // once: a second failure is waited out
+		p.attach(p.eni, view.now, false)
+		p.steps[0].text += fmt.Sprintf(", which its creation has failed to do: %.200q", why)
+	case busy(slot, stepAttach, view.now) || busy(slot, stepCreate, view.now): // a creation attaches, too
 		p.wait = node.Waiting("ENIAttaching", "%s has been attaching for %s", p.eni.ID, age(slot, view.now))
 	case step == stepAttach:
 		p.attach(p.eni, view.now, false)
@@ -231,7 +235,7 @@ func (p *slotPlan) settle(pending int, view cloudView) {
 		p.coming = slot.Target - have
 		return
 	}
-	slot.Intent, slot.Since, slot.Target, slot.SubnetID = "", time.Time{}, 0, ""
+	slot.Intent, slot.Since, slot.Target, slot.SubnetID, slot.Task = "", time.Time{}, 0, "", ""
 }
 
 // count counts addresses, and says which pods have lost theirs.
@@ -305,7 +309,7 @@ func (p *slotPlan) create(want poolWant, subnet string, n int, now time.Time, sp
 	p.slot.SubnetID, p.slot.Target = subnet, n
 	p.coming = n
 	p.steps = append(p.steps, poolStep{
-		text: fmt.Sprintf("create an ENI for slot %d in %s with %d addresses", p.slot.Number, subnet, n),
+		text: fmt.Sprintf("create an ENI in slot %d from %s with %d addresses", p.slot.Number, subnet, n),
 		slot: p.slot, call: stepCreate, subnet: subnet, spared: spared,
 		spec: tencent.ENISpec{
 			VPCID:            want.facts.VPCID,
@@ -315,6 +319,7 @@ func (p *slotPlan) create(want poolWant, subnet string, n int, now time.Time, sp
 			SecondaryIPs:     n,
 			SecurityGroupIDs: want.network.SecurityGroupIDs,
 			Tags:             want.tags(p.slot.Number),
+			InstanceID:       want.facts.InstanceID,
 			ClientToken:      want.token(p.slot, stepCreate),
 		},
 	})
@@ -385,7 +390,7 @@ func (s *Slot) intend(step Step, now time.Time) {
 	if step != stepCreate || s.Intent != stepCreate {
 		s.Calls++
 	}
-	s.Intent, s.Since = step, now.UTC().Truncate(time.Second)
+	s.Intent, s.Since, s.Task = step, now.UTC().Truncate(time.Second), ""
 }
 
 // busy reports whether the call is under way and young.

@@ -2,10 +2,12 @@ package eni
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -173,7 +175,8 @@ func TestPoolConverges(t *testing.T) {
 		}
 		t.Logf("after %s:\n%s", time.Since(began), strings.Join(applied, "\n"))
 		n.holds(8)
-		if took := time.Since(began); took > 12*time.Second {
+		// 3.5 s until it is attached, 2 s until that shows, and one poll.
+		if took := time.Since(began); took > 6500*time.Millisecond {
 			t.Errorf("took %s with the lab's delays", took)
 		}
 
@@ -186,9 +189,9 @@ func TestPoolConverges(t *testing.T) {
 		if applied, err := n.run(time.Minute); err != nil || len(applied) != 0 {
 			t.Errorf("after a restart: %v, applied %q", err, applied)
 		}
-		calls := n.region.Snapshot().Calls
-		if calls["vpc:CreateNetworkInterface"] != 1 || calls["vpc:AttachNetworkInterface"] != 1 || calls["vpc:AssignPrivateIpAddresses"] != 1 {
-			t.Errorf("calls: %v", calls)
+		want := map[string]int{"vpc:CreateAndAttachNetworkInterface": 1, "vpc:AssignPrivateIpAddresses": 1}
+		if calls := n.mutations(); !maps.Equal(calls, want) {
+			t.Errorf("calls: %v, want %v", calls, want)
 		}
 	})
 }
@@ -247,19 +250,31 @@ func (k *killer) AssignIPs(ctx context.Context, eni string, count int, token str
 // TestPoolSurvivesKills kills the agent before and after every call, with the
 // ledger and without it; there is one ENI in the end.
 func TestPoolSurvivesKills(t *testing.T) {
-	for at := 1; at <= 3; at++ {
+	for name, c := range map[string]struct {
+		at     int               // which call of its life
+		fault  cloud.Fault       // in the launch
+		change func(n *poolNode) // after it; nil: killed in the launch
+	}{
+		"create":                    {at: 1},
+		"attach what creation left": {at: 2, fault: cloud.Fault{Action: "vpc:CreateAndAttachNetworkInterface", Fail: true}},
+		"attach what is torn out":   {at: 2, change: (*poolNode).tearOut},
+		"assign":                    {at: 2, change: (*poolNode).takeAddress},
+	} {
 		for _, after := range []bool{false, true} {
 			for _, lost := range []bool{false, true} {
-				t.Run(fmt.Sprintf("call=%d,after=%v,ledger lost=%v", at, after, lost), func(t *testing.T) {
+				t.Run(fmt.Sprintf("%s,after=%v,ledger lost=%v", name, after, lost), func(t *testing.T) {
 					synctest.Test(t, func(t *testing.T) {
 						n := newPoolNode(t)
-						n.net.pool.cloud = &killer{Cloud: n.api, at: at, after: after}
+						if c.fault != (cloud.Fault{}) {
+							n.region.Inject(c.fault)
+						}
+						n.net.pool.cloud = &killer{Cloud: n.api, at: c.at, after: after}
 						_, err := n.run(time.Minute)
-						if at == 3 {
+						if c.change != nil {
 							if err != nil {
 								t.Fatal(err)
 							}
-							n.takeAddress()
+							c.change(n)
 							_, err = n.run(3 * time.Minute)
 						}
 						if !errors.Is(err, errKilled) {
@@ -298,26 +313,64 @@ func (n *poolNode) takeAddress() {
 	time.Sleep(5 * time.Second)
 }
 
+// tearOut detaches the ENI, behind the pool's back.
+func (n *poolNode) tearOut() {
+	n.t.Helper()
+	for _, slot := range n.state().slots() {
+		if !slot.taken() {
+			continue
+		}
+		if _, err := n.api.DetachENI(n.t.Context(), slot.ENI, n.sealed.Facts.InstanceID, rand.Text()); err != nil {
+			n.t.Fatal(err)
+		}
+		time.Sleep(10 * time.Second)
+		if e := n.eni(slot.ENI); e.Instance != "" || e.State != tencent.StateAvailable {
+			n.t.Fatalf("torn out, and %+v", e)
+		}
+		return
+	}
+	n.t.Fatal("no ENI to tear out")
+}
+
+// eni returns an ENI as the cloud has it.
+func (n *poolNode) eni(id string) cloud.ENI {
+	for _, e := range n.region.Snapshot().ENIs {
+		if e.ID == id {
+			return e
+		}
+	}
+	return cloud.ENI{}
+}
+
 // TestPoolFaults makes the cloud refuse and hang up; the pool says why, and gets
 // there when the cloud does.
 func TestPoolFaults(t *testing.T) {
+	const create, attach = "vpc:CreateAndAttachNetworkInterface", "vpc:AttachNetworkInterface"
 	for _, f := range []struct {
 		name  string
-		fault cloud.Fault
-		want  string // of the error while the fault lasts
+		fault cloud.Fault // of attach: after the ENI is torn out
+		want  string      // of the error while the fault lasts
 	}{
-		{"throttled", cloud.Fault{Action: "vpc:CreateNetworkInterface", Code: "RequestLimitExceeded", Times: 3}, "transient Throttled"},
-		{"subnet exhausted", cloud.Fault{Action: "vpc:CreateNetworkInterface", Code: "ResourceInsufficient.Subnet", Times: 3}, "waiting SubnetExhausted"},
-		{"unauthorized", cloud.Fault{Action: "vpc:CreateNetworkInterface", Code: "UnauthorizedOperation", Times: 1}, "terminal Unauthorized"},
-		{"attach mutex", cloud.Fault{Action: "vpc:AttachNetworkInterface", Code: tencent.CodeMutexTaskRunning, Times: 3}, "waiting TaskRunning"},
-		{"describe fails", cloud.Fault{Action: "vpc:DescribeNetworkInterfaces", Code: "InternalError", Times: 3}, "transient"},
-		{"creation's answer lost", cloud.Fault{Action: "vpc:CreateNetworkInterface", Drop: true}, "transient"},
-		{"attachment's answer lost", cloud.Fault{Action: "vpc:AttachNetworkInterface", Drop: true}, "transient"},
-		{"creation fails inside", cloud.Fault{Action: "vpc:CreateNetworkInterface", Code: "InternalError"}, "transient"},
+		{"throttled", cloud.Fault{Action: create, Code: "RequestLimitExceeded", Times: 3}, "transient Throttled"},
+		{"subnet exhausted", cloud.Fault{Action: create, Code: "ResourceInsufficient.Subnet", Times: 3}, "waiting SubnetExhausted"},
+		{"quota reached", cloud.Fault{Action: create, Code: "LimitExceeded"}, "terminal QuotaExceeded"},
+		{"unauthorized", cloud.Fault{Action: create, Code: "UnauthorizedOperation", Times: 1}, "terminal Unauthorized"},
+		{"attach mutex", cloud.Fault{Action: attach, Code: tencent.CodeMutexTaskRunning, Times: 3}, "waiting TaskRunning"},
+		{"attach wrong state", cloud.Fault{Action: attach, Code: "UnsupportedOperation.InvalidState", Times: 3}, "waiting WrongState"},
+		{"describe fails", cloud.Fault{Action: "vpc:DescribeNetworkInterfaces", Code: "InternalError", Times: 3}, "DescribeNetworkInterfaces: InternalError"},
+		{"creation's answer lost", cloud.Fault{Action: create, Drop: true}, "CreateAndAttachNetworkInterface: Post"},
+		{"attachment's answer lost", cloud.Fault{Action: attach, Drop: true}, "AttachNetworkInterface: Post"},
+		{"creation fails inside", cloud.Fault{Action: create, Code: "InternalError"}, "CreateAndAttachNetworkInterface: InternalError"},
 	} {
 		t.Run(f.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				n := newPoolNode(t)
+				if f.fault.Action == attach {
+					if _, err := n.run(time.Minute); err != nil {
+						t.Fatal(err)
+					}
+					n.tearOut()
+				}
 				n.region.Inject(f.fault)
 				var seen []string
 				for range 120 {
@@ -325,15 +378,106 @@ func TestPoolFaults(t *testing.T) {
 					if err == nil {
 						break
 					}
-					seen = append(seen, node.ClassOf(err).String()+" "+node.ReasonOf(err, ""))
+					seen = append(seen, fmt.Sprintf("%s %s: %v", node.ClassOf(err), node.ReasonOf(err, ""), err))
 				}
-				if !strings.Contains(strings.Join(seen, ","), f.want) {
-					t.Errorf("errors %q, want %q among them", seen, f.want)
+				if !strings.Contains(strings.Join(seen, "\n"), f.want) {
+					t.Errorf("errors\n%s\nwant %q among them", strings.Join(seen, "\n"), f.want)
 				}
 				if _, err := n.run(time.Minute); err != nil {
 					t.Fatal(err)
 				}
 				n.holds(8)
+			})
+		})
+	}
+}
+
+// TestPoolAttachesWhatCreationLeft: an ENI that its creation has not attached is
+// attached by a call of its own: at once where the task says that it has failed, and
+// otherwise once nothing is to be expected any more.
+func TestPoolAttachesWhatCreationLeft(t *testing.T) {
+	const create, attach = "vpc:CreateAndAttachNetworkInterface", "vpc:AttachNetworkInterface"
+	for name, c := range map[string]struct {
+		faults   []cloud.Fault
+		restart  bool // when the answer is there
+		least    time.Duration
+		most     time.Duration
+		attaches int
+	}{
+		"failed":             {[]cloud.Fault{{Action: create, Fail: true}}, false, 0, 10 * time.Second, 1},
+		"failed, restarted":  {[]cloud.Fault{{Action: create, Fail: true}}, true, 0, 10 * time.Second, 1},
+		"failed, not told":   {[]cloud.Fault{{Action: create, Fail: true}, {Action: "vpc:DescribeVpcTaskResult", Code: "InternalError", Times: 1000}}, false, patience, patience + 10*time.Second, 1},
+		"failed, lost":       {[]cloud.Fault{{Action: create, Fail: true, Drop: true}}, false, patience, patience + 10*time.Second, 1},
+		"vanished":           {[]cloud.Fault{{Action: create, Vanish: true}}, false, patience, patience + 10*time.Second, 1},
+		"failed twice":       {[]cloud.Fault{{Action: create, Fail: true}, {Action: attach, Fail: true}}, false, patience, patience + 15*time.Second, 2},
+		"failed and refused": {[]cloud.Fault{{Action: create, Fail: true}, {Action: attach, Code: tencent.CodeMutexTaskRunning, Times: 2}}, false, 0, 15 * time.Second, 3},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := newPoolNode(t)
+				for _, f := range c.faults {
+					n.region.Inject(f)
+				}
+				began := time.Now()
+				if c.restart {
+					for len(n.state().Slots) == 0 {
+						n.run(time.Millisecond)
+					}
+					n.restart()
+				}
+				applied, err := n.run(2 * time.Minute)
+				if err != nil {
+					t.Fatal(err)
+				}
+				n.holds(8)
+				if took := time.Since(began); took < c.least || took > c.most {
+					t.Errorf("took %s, want %s to %s:\n%s", took, c.least, c.most, strings.Join(applied, "\n"))
+				}
+				if calls := n.mutations(); calls[create] != 1 || calls[attach] != c.attaches {
+					t.Errorf("calls: %v", calls)
+				}
+			})
+		})
+	}
+}
+
+// early shows an ENI that is being created and attached as AVAILABLE and attached to
+// nothing, which the cloud may do between the two.
+type early struct {
+	Cloud
+	shown int
+}
+
+func (c *early) DescribeTaggedENIs(ctx context.Context, tags map[string]string) ([]tencent.ENI, error) {
+	enis, err := c.Cloud.DescribeTaggedENIs(ctx, tags)
+	for i, e := range enis {
+		if e.State == tencent.StatePending || e.State == tencent.StateAttaching {
+			enis[i].State, enis[i].Attachment = tencent.StateAvailable, nil
+			c.shown++
+		}
+	}
+	return enis, err
+}
+
+// TestPoolWaitsForCreation: an ENI that is shown before it is attached is waited for,
+// whether the creation's answer has said that it is ours or only its tags do.
+func TestPoolWaitsForCreation(t *testing.T) {
+	for _, lost := range []bool{false, true} {
+		t.Run(fmt.Sprintf("answer lost=%v", lost), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := newPoolNode(t)
+				if lost {
+					n.region.Inject(cloud.Fault{Action: "vpc:CreateAndAttachNetworkInterface", Drop: true})
+				}
+				c := &early{Cloud: n.api}
+				n.net.pool.cloud = c
+				if _, err := n.run(time.Minute); err != nil {
+					t.Fatal(err)
+				}
+				n.holds(8)
+				if calls := n.mutations(); calls["vpc:CreateAndAttachNetworkInterface"] != 1 || calls["vpc:AttachNetworkInterface"] != 0 || c.shown == 0 {
+					t.Errorf("shown %d times; calls: %v", c.shown, calls)
+				}
 			})
 		})
 	}
@@ -355,10 +499,7 @@ func TestPoolFollowsTheCloud(t *testing.T) {
 
 		s, _ := n.net.ledger.state()
 		first := s.Slots[0].ENI
-		if _, err := n.api.DetachENI(t.Context(), first, n.sealed.Facts.InstanceID, "out"); err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(10 * time.Second)
+		n.tearOut()
 		if _, err := n.run(time.Minute); err != nil {
 			t.Fatal(err)
 		}
@@ -367,10 +508,7 @@ func TestPoolFollowsTheCloud(t *testing.T) {
 			t.Errorf("%s was detached, and %s attached", first, s.Slots[0].ENI)
 		}
 
-		if _, err := n.api.DetachENI(t.Context(), first, n.sealed.Facts.InstanceID, "out again"); err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(10 * time.Second)
+		n.tearOut()
 		if _, err := n.api.DeleteENI(t.Context(), first); err != nil {
 			t.Fatal(err)
 		}

@@ -77,8 +77,8 @@ type Tag struct {
 	Value string `json:"Value"`
 }
 
-// ENISpec says what ENI to create. ClientToken makes the call idempotent: the
-// same token and spec get the same ENI.
+// ENISpec says what ENI to create, and which instance to attach it to. ClientToken
+// makes the call idempotent: the same token and spec get the same ENI.
 type ENISpec struct {
 	VPCID            string   `json:"VpcId"`
 	SubnetID         string   `json:"SubnetId"`
@@ -87,6 +87,7 @@ type ENISpec struct {
 	SecondaryIPs     int      `json:"SecondaryPrivateIpAddressCount,omitempty"`
 	SecurityGroupIDs []string `json:"SecurityGroupIds"`
 	Tags             []Tag    `json:"Tags,omitempty"`
+	InstanceID       string   `json:"InstanceId"`
 	ClientToken      string   `json:"ClientToken"` // at most 64 ASCII characters
 }
 
@@ -169,14 +170,16 @@ func (c *Client) describeENIs(ctx context.Context, filters []filter) ([]ENI, err
 	return nil, fmt.Errorf("vpc DescribeNetworkInterfaces: more than %d ENIs", pageSize*maxPages)
 }
 
-// CreateENI creates an ENI and returns it, PENDING, with the task that makes it
-// AVAILABLE.
+// CreateENI starts to create an ENI and to attach it, and returns it, PENDING, with
+// the task. It is one call for both: the cloud shows what it has done seconds late,
+// and who creates first has to wait for that twice. Where only the second half fails,
+// the ENI is there, detached.
 func (c *Client) CreateENI(ctx context.Context, spec ENISpec) (ENI, string, error) {
 	var out struct {
 		answer
 		NetworkInterface ENI
 	}
-	err := c.call(ctx, "vpc", "CreateNetworkInterface", spec, &out)
+	err := c.call(ctx, "vpc", "CreateAndAttachNetworkInterface", spec, &out)
 	return out.NetworkInterface.plain(), out.RequestId, err
 }
 

@@ -81,7 +81,7 @@ func TestCAMDenies(t *testing.T) {
 		{"effect":"allow","action":["name/vpc:Describe*","cvm:*"],"resource":"*"},
 		{"effect":"deny","action":"vpc:DescribeSubnets","resource":["*"]}]}`)
 	l := newLab(t, config)
-	_, _, err := l.api.CreateENI(t.Context(), spec("c"))
+	_, _, err := l.api.CreateENI(t.Context(), l.spec("c"))
 	if code(err) != "AuthFailure.UnauthorizedOperation" || node.ClassOf(err) != node.ClassTerminal {
 		t.Errorf("what is not allowed: %v", err)
 	}
@@ -91,7 +91,10 @@ func TestCAMDenies(t *testing.T) {
 	if _, err = l.api.DescribeENIs(t.Context(), l.instance.ID); err != nil {
 		t.Errorf("what is allowed: %v", err)
 	}
-	if s := l.Snapshot(); s.Calls["vpc:CreateNetworkInterface"] != 0 || s.Calls["vpc:DescribeNetworkInterfaces"] != 1 {
+	if _, _, _, err = newSDKIn(t, l).create("c", "n"); code(err) != "AuthFailure.UnauthorizedOperation" {
+		t.Errorf("the other call that is not allowed: %v", err)
+	}
+	if s := l.Snapshot(); len(s.ENIs) != 1 || s.Calls["vpc:CreateAndAttachNetworkInterface"]+s.Calls["vpc:CreateNetworkInterface"] != 0 || s.Calls["vpc:DescribeNetworkInterfaces"] != 1 {
 		t.Errorf("calls %v", s.Calls)
 	}
 }
@@ -135,63 +138,100 @@ func TestThrottle(t *testing.T) {
 	})
 }
 
+// TestClientToken holds the two calls that create an ENI to the same: a token is good
+// for one.
 func TestClientToken(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l, ctx := newLab(t, instant()), t.Context()
-		first, task, err := l.api.CreateENI(ctx, spec("same"))
-		if err != nil {
-			t.Fatal(err)
+	type create func(token, name string) (eni, task string, err error)
+	for action, of := range map[string]func(*testing.T, *sdk) create{
+		"CreateNetworkInterface": func(_ *testing.T, s *sdk) create {
+			return func(token, name string) (string, string, error) {
+				eni, _, task, err := s.create(token, name)
+				return eni, task, err
+			}
+		},
+		"CreateAndAttachNetworkInterface": func(t *testing.T, s *sdk) create {
+			return func(token, name string) (string, string, error) {
+				spec := s.spec(token)
+				spec.Name = name
+				eni, task, err := s.api.CreateENI(t.Context(), spec)
+				return eni.ID, task, err
+			}
+		},
+	} {
+		for what, f := range map[string]func(t *testing.T, s *sdk, create create){
+			"same": func(t *testing.T, s *sdk, create create) {
+				first, task, err := create("same", "one")
+				if err != nil {
+					t.Fatal(err)
+				}
+				again, task2, err := create("same", "one")
+				if err != nil || again != first || task2 != task {
+					t.Errorf("same token, same parameters: %s (task %s), %v; want %s (task %s)", again, task2, err, first, task)
+				}
+				if _, _, err = create("same", "other"); code(err) != "UnsupportedOperation.IdempotentParameterMismatch" {
+					t.Errorf("same token, other parameters: %v", err)
+				}
+				s.await(t, task, nil)
+				if again, _, err = create("same", "one"); err != nil || again != first {
+					t.Errorf("once the task has ended: %s, %v", again, err)
+				}
+			},
+			"long": func(t *testing.T, s *sdk, create create) {
+				if _, _, err := create(strings.Repeat("x", 65), "one"); code(err) != "InvalidParameterValue.TooLong" {
+					t.Errorf("token of 65 characters: %v", err)
+				}
+				if _, _, err := create(strings.Repeat("x", 64), "one"); err != nil {
+					t.Errorf("token of 64 characters: %v", err)
+				}
+			},
+			// The answer is lost after the work was done: asking again finds it.
+			"lost": func(t *testing.T, s *sdk, create create) {
+				s.Inject(cloud.Fault{Action: "vpc:" + action, Drop: true})
+				if _, _, err := create("lost", "one"); err == nil {
+					t.Error("a lost answer arrived")
+				}
+				found, task, err := create("lost", "one")
+				if s.await(t, task, err); s.now(found).State != "AVAILABLE" {
+					t.Errorf("asked again: %s, %+v", found, s.now(found))
+				}
+			},
+			"twice at once": func(t *testing.T, s *sdk, create create) {
+				s.Inject(cloud.Fault{Action: "vpc:" + action, Delay: time.Second})
+				done := make(chan error)
+				go func() {
+					_, _, err := create("twice", "one")
+					done <- err
+				}()
+				synctest.Wait()
+				if _, _, err := create("twice", "one"); code(err) != tencent.CodeIdempotentProcessing {
+					t.Errorf("while the first is worked on: %v", err)
+				}
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+			},
+			// A refusal does not use the token up.
+			"refused": func(t *testing.T, s *sdk, create create) {
+				s.Inject(cloud.Fault{Action: "vpc:Create*", Code: "ResourceInsufficient.Subnet", Message: "full"})
+				if _, _, err := create("later", "one"); code(err) != tencent.CodeSubnetExhausted {
+					t.Errorf("injected: %v", err)
+				}
+				if _, _, err := create("later", "one"); err != nil {
+					t.Errorf("after the fault: %v", err)
+				}
+			},
+		} {
+			t.Run(action+"/"+what, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					s := newSDK(t, instant())
+					f(t, s, of(t, s))
+					if n := len(s.Snapshot().ENIs); n != 2 {
+						t.Errorf("%d ENIs, want the primary one and another", n)
+					}
+				})
+			})
 		}
-		again, task2, err := l.api.CreateENI(ctx, spec("same"))
-		if err != nil || again.ID != first.ID || task2 != task {
-			t.Errorf("same token, same parameters: %s (task %s), %v; want %s (task %s)", again.ID, task2, err, first.ID, task)
-		}
-		other := spec("same")
-		other.Name = "other"
-		if _, _, err = l.api.CreateENI(ctx, other); code(err) != "UnsupportedOperation.IdempotentParameterMismatch" {
-			t.Errorf("same token, other parameters: %v", err)
-		}
-		if _, _, err = l.api.CreateENI(ctx, spec(strings.Repeat("x", 65))); code(err) != "InvalidParameterValue.TooLong" {
-			t.Errorf("token of 65 characters: %v", err)
-		}
-		if n := len(l.Snapshot().ENIs); n != 2 {
-			t.Errorf("%d ENIs, want the primary one and another", n)
-		}
-
-		// The answer is lost after the work was done: asking again finds it.
-		l.Inject(cloud.Fault{Action: "vpc:CreateNetworkInterface", Drop: true})
-		if _, _, err = l.api.CreateENI(ctx, spec("lost")); err == nil {
-			t.Error("a lost answer arrived")
-		}
-		found, _, err := l.api.CreateENI(ctx, spec("lost"))
-		if err != nil || len(l.Snapshot().ENIs) != 3 || found.ID == first.ID {
-			t.Errorf("asked again: %+v, %v", found, err)
-		}
-
-		// Two at once.
-		l.Inject(cloud.Fault{Action: "vpc:CreateNetworkInterface", Delay: time.Second})
-		done := make(chan error)
-		go func() {
-			_, _, err := l.api.CreateENI(ctx, spec("twice"))
-			done <- err
-		}()
-		synctest.Wait()
-		if _, _, err = l.api.CreateENI(ctx, spec("twice")); code(err) != tencent.CodeIdempotentProcessing {
-			t.Errorf("while the first is worked on: %v", err)
-		}
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-
-		// A refusal does not use the token up.
-		l.Inject(cloud.Fault{Action: "vpc:Create*", Code: "ResourceInsufficient.Subnet", Message: "full"})
-		if _, _, err = l.api.CreateENI(ctx, spec("later")); code(err) != tencent.CodeSubnetExhausted {
-			t.Errorf("injected: %v", err)
-		}
-		if _, _, err = l.api.CreateENI(ctx, spec("later")); err != nil {
-			t.Errorf("after the fault: %v", err)
-		}
-	})
+	}
 }
 
 func TestFaultsCount(t *testing.T) {

@@ -244,16 +244,19 @@ func newLab(t *testing.T, config cloud.Config) *lab {
 	return l
 }
 
-// spec is an ENI that the region accepts.
-func spec(token string) tencent.ENISpec {
+// spec is an ENI that the region accepts, for the instance.
+func (l *lab) spec(token string) tencent.ENISpec {
 	return tencent.ENISpec{
 		VPCID: "vpc-lab00001", SubnetID: "subnet-pods0001", Name: "tkenode", SecurityGroupIDs: []string{"sg-lab00001"},
-		Tags: []tencent.Tag{{Key: "tkenode", Value: "cls-lab00001"}}, ClientToken: token,
+		Tags: []tencent.Tag{{Key: "tkenode", Value: "cls-lab00001"}}, InstanceID: l.instance.ID, ClientToken: token,
 	}
 }
 
-// code returns the code of the API's refusal.
+// code returns the code of the API's refusal, to whichever client.
 func code(err error) string {
+	if c := sdkCode(err); c != "" {
+		return c
+	}
 	if e, ok := errors.AsType[*tencent.APIError](err); ok {
 		return e.Code
 	}
@@ -281,12 +284,30 @@ func (l *lab) await(t *testing.T, task string, err error) {
 	}
 }
 
-// attached creates an ENI and attaches it.
+// attached creates an ENI that is attached.
 func (l *lab) attached(t *testing.T, token string) tencent.ENI {
 	t.Helper()
-	eni, task, err := l.api.CreateENI(t.Context(), spec(token))
-	l.await(t, task, err)
-	task, err = l.api.AttachENI(t.Context(), eni.ID, l.instance.ID, token)
+	eni, task, err := l.api.CreateENI(t.Context(), l.spec(token))
 	l.await(t, task, err)
 	return eni
+}
+
+// detached creates an ENI that is attached to nothing.
+func (l *lab) detached(t *testing.T) cloud.ENI {
+	t.Helper()
+	eni, err := l.CreateENI("subnet-pods0001", cloud.Tag{Key: "tkenode", Value: "cls-lab00001"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return eni
+}
+
+// now returns an ENI as it is, not as it is described.
+func (l *lab) now(eni string) cloud.ENI {
+	for _, e := range l.Snapshot().ENIs {
+		if e.ID == eni {
+			return e
+		}
+	}
+	return cloud.ENI{}
 }

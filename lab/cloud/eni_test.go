@@ -2,6 +2,7 @@ package cloud_test
 
 import (
 	"errors"
+	"maps"
 	"net/netip"
 	"strconv"
 	"testing"
@@ -12,11 +13,11 @@ import (
 	"github.com/tkenode/tkenode/lab/cloud"
 )
 
-// TestENILife follows one ENI through its life with the delays of the lab, seen
-// through the agent's client.
+// TestENILife follows one ENI through its life with the delays of the lab. It is
+// created by the SDK, since the agent's client attaches what it creates.
 func TestENILife(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l, ctx := newLab(t, cloud.Default()), t.Context()
+		l, ctx := newSDK(t, cloud.Default()), t.Context()
 		state := func(want string, n int) tencent.ENI {
 			t.Helper()
 			got, err := l.api.DescribeTaggedENIs(ctx, map[string]string{"tkenode": "cls-lab00001"})
@@ -28,14 +29,17 @@ func TestENILife(t *testing.T) {
 			}
 			return got[0]
 		}
-		eni, task, err := l.api.CreateENI(ctx, spec("create"))
-		if err != nil || eni.State != tencent.StatePending || len(eni.IPs) != 1 {
-			t.Fatalf("created %+v, %v", eni, err)
+		id, pending, task, err := l.create("create", "tkenode")
+		if err != nil || pending != tencent.StatePending {
+			t.Fatalf("created %s, %s, %v", id, pending, err)
 		}
 		state("", 0) // not visible yet
 		l.await(t, task, nil)
 		time.Sleep(2 * time.Second)
-		state(tencent.StateAvailable, 1)
+		eni := state(tencent.StateAvailable, 1)
+		if eni.ID != id || eni.Attachment != nil || len(eni.IPs) != 1 {
+			t.Errorf("created %+v", eni)
+		}
 
 		start := time.Now()
 		task, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, "attach")
@@ -99,9 +103,109 @@ func TestENILife(t *testing.T) {
 	})
 }
 
-func TestENIRefusals(t *testing.T) {
+// TestENICreatedAndAttached follows an ENI that is created and attached in one call:
+// it is PENDING as long as a creation takes and ATTACHING as long as an attachment.
+func TestENICreatedAndAttached(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l, ctx := newLab(t, cloud.Default()), t.Context()
+		time.Sleep(10 * time.Second) // the launch is visible
+		described := func(after time.Duration, want string, attached bool) {
+			t.Helper()
+			time.Sleep(after)
+			enis, err := l.api.DescribeTaggedENIs(ctx, map[string]string{"tkenode": "cls-lab00001"})
+			if err != nil || len(enis) > 1 || (len(enis) == 1) != (want != "") {
+				t.Fatalf("described %+v, %v, want %q", enis, err, want)
+			}
+			here, err := l.api.DescribeENIs(ctx, l.instance.ID)
+			if err != nil || (len(here) == 2) != attached {
+				t.Errorf("the instance has %+v, %v; want the ENI among them: %v", here, err, attached)
+			}
+			if want != "" && (enis[0].State != want || (enis[0].Attachment != nil) != attached) {
+				t.Errorf("described %+v, want %s, attached: %v", enis[0], want, attached)
+			}
+		}
+		spec := l.spec("both")
+		spec.SecondaryIPs = 3
+		start := time.Now()
+		eni, task, err := l.api.CreateENI(ctx, spec)
+		if err != nil || eni.State != tencent.StatePending || eni.Attachment != nil || len(eni.IPs) != 4 || len(eni.Tags) != 1 {
+			t.Fatalf("created %+v, %v", eni, err)
+		}
+		described(1900*time.Millisecond, "", false)
+		described(200*time.Millisecond, tencent.StatePending, false)
+		described(500*time.Millisecond, tencent.StateAttaching, true)
+		if now := l.now(eni.ID); now.State != tencent.StateAttaching || l.machines.holds(eni.ID) != "" {
+			t.Errorf("while it attaches: %+v, in %q", now, l.machines.holds(eni.ID))
+		}
+		l.await(t, task, nil)
+		if d := time.Since(start); d < 3500*time.Millisecond || d > 3700*time.Millisecond {
+			t.Errorf("took %s", d)
+		}
+		if l.machines.holds(eni.ID) != l.instance.ID || len(l.machines.addrs(eni.ID)) != 4 {
+			t.Error("the NIC is not plugged, or packets may not carry its addresses")
+		}
+		described(0, tencent.StateAttaching, true) // the end is not visible yet
+		described(2*time.Second, tencent.StateAvailable, true)
+		if now := l.now(eni.ID); now.DeviceIndex != 1 || now.IPs[3].State != tencent.StateAvailable || now.Attached.Before(start) {
+			t.Errorf("attached: %+v", now)
+		}
+	})
+}
+
+// TestENICreatedAndNotAttached: whatever ends the task, the ENI that it has created
+// is there, detached, and can be attached.
+func TestENICreatedAndNotAttached(t *testing.T) {
+	for name, c := range map[string]struct {
+		fault  cloud.Fault
+		plug   error
+		status string // of the task
+		output string
+	}{
+		"fails":       {fault: cloud.Fault{Fail: true}, status: tencent.TaskFailed, output: "the task fails on request"},
+		"vanishes":    {fault: cloud.Fault{Vanish: true}, status: tencent.CodeNotFound},
+		"not plugged": {plug: errors.New("no slot"), status: tencent.TaskFailed, output: "no slot"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l, ctx := newLab(t, cloud.Default()), t.Context()
+				c.fault.Action, l.machines.fail = "vpc:CreateAndAttachNetworkInterface", c.plug
+				l.Inject(c.fault)
+				eni, task, err := l.api.CreateENI(ctx, l.spec("one"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(6 * time.Second)
+				got, err := l.api.TaskResult(ctx, task)
+				if status := got.Status; status != c.status && code(err) != c.status || got.Output != c.output {
+					t.Errorf("task %+v, %v", got, err)
+				}
+				enis, err := l.api.DescribeTaggedENIs(ctx, map[string]string{"tkenode": "cls-lab00001"})
+				if err != nil || len(enis) != 1 || enis[0].State != tencent.StateAvailable || enis[0].Attachment != nil || enis[0].IPs[0].State != tencent.StateAvailable {
+					t.Fatalf("described %+v, %v", enis, err)
+				}
+				if l.machines.holds(eni.ID) != "" || l.machines.addrs(eni.ID) != nil {
+					t.Error("the NIC or its port is there")
+				}
+				// Its token finds that ENI, and attaches nothing.
+				if again, _, err := l.api.CreateENI(ctx, l.spec("one")); err != nil || again.ID != eni.ID || l.now(eni.ID).Instance != "" {
+					t.Errorf("asked again: %+v, %v", again, err)
+				}
+				task, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, "two")
+				if l.await(t, task, err); l.machines.holds(eni.ID) != l.instance.ID {
+					t.Error("the NIC is not plugged")
+				}
+			})
+		})
+	}
+}
+
+func TestENIRefusals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		config := cloud.Default()
+		config.Subnets = append(config.Subnets, cloud.Subnet{
+			ID: "subnet-else0001", CIDR: netip.MustParsePrefix("10.0.48.0/24"), Zone: "ap-guangzhou-4", First: netip.MustParseAddr("10.0.48.2"),
+		})
+		l, ctx := newSDK(t, config), t.Context()
 		eni := l.attached(t, "one")
 		_, task, err := l.api.AssignIPs(ctx, eni.ID, 1, "a1")
 		if err != nil {
@@ -129,24 +233,55 @@ func TestENIRefusals(t *testing.T) {
 		_, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, "t1")
 		refused("attach again", tencent.CodeAttachmentAlreadyExists, err)
 
-		spare, task, err := l.api.CreateENI(ctx, spec("two"))
+		spare, _, task, err := l.create("two", "spare")
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = l.api.AttachENI(ctx, spare.ID, l.instance.ID, "t2")
+		_, err = l.api.AttachENI(ctx, spare, l.instance.ID, "t2")
 		refused("attach while PENDING", "UnsupportedOperation.InvalidState", err)
 		l.await(t, task, nil)
-		_, err = l.api.AttachENI(ctx, spare.ID, "ins-00000000", "t3")
+		_, err = l.api.AttachENI(ctx, spare, "ins-00000000", "t3")
 		refused("attach to no instance", tencent.CodeNotFound, err)
-		_, err = l.api.DetachENI(ctx, spare.ID, l.instance.ID, "d2")
+		_, err = l.api.DetachENI(ctx, spare, l.instance.ID, "d2")
 		refused("detach what is not attached", "UnsupportedOperation.InvalidState", err)
 		_, err = l.api.TaskResult(ctx, "no-such-task")
 		refused("result of no task", tencent.CodeNotFound, err)
 
-		bad := spec("three")
-		bad.SubnetID = "subnet-00000000"
-		_, _, err = l.api.CreateENI(ctx, bad)
-		refused("create in no subnet", tencent.CodeNotFound, err)
+		both, task, err := l.api.CreateENI(ctx, l.spec("both"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 { // while it is PENDING, and while it is ATTACHING
+			_, err = l.api.AttachENI(ctx, both.ID, l.instance.ID, "t4")
+			refused("attach what is being attached", "UnsupportedOperation.InvalidState", err)
+			_, err = l.api.DeleteENI(ctx, both.ID)
+			refused("delete what is being attached", "UnsupportedOperation.InvalidState", err)
+			time.Sleep(time.Second)
+		}
+		l.await(t, task, nil)
+
+		before := len(l.Snapshot().ENIs)
+		for what, c := range map[string]struct {
+			change func(s *tencent.ENISpec)
+			want   string
+		}{
+			"in no subnet":      {func(s *tencent.ENISpec) { s.SubnetID = "subnet-00000000" }, tencent.CodeNotFound},
+			"for no instance":   {func(s *tencent.ENISpec) { s.InstanceID = "ins-00000000" }, tencent.CodeNotFound},
+			"with no group":     {func(s *tencent.ENISpec) { s.SecurityGroupIDs = nil }, "UnsupportedOperation"},
+			"with many":         {func(s *tencent.ENISpec) { s.SecondaryIPs = 10 }, "LimitExceeded"},
+			"in another zone":   {func(s *tencent.ENISpec) { s.SubnetID = "subnet-else0001" }, "UnsupportedOperation.ZoneMismatch"},
+			"without a name":    {func(s *tencent.ENISpec) { s.Name = "" }, "MissingParameter"},
+			"with a tag twice":  {func(s *tencent.ENISpec) { s.Tags = append(s.Tags, s.Tags...) }, "InvalidParameterValue.TagDuplicateKey"},
+			"in a VPC not here": {func(s *tencent.ENISpec) { s.VPCID = "vpc-00000000" }, tencent.CodeNotFound},
+		} {
+			bad := l.spec(what)
+			c.change(&bad)
+			_, _, err = l.api.CreateENI(ctx, bad)
+			refused("create "+what, c.want, err)
+		}
+		if after := len(l.Snapshot().ENIs); after != before {
+			t.Errorf("%d ENIs after refusals, %d before", after, before)
+		}
 	})
 }
 
@@ -160,10 +295,37 @@ func TestENIQuota(t *testing.T) {
 		for i := 1; i < limit.ENIs; i++ {
 			l.attached(t, "eni"+strconv.Itoa(i))
 		}
-		eni, task, err := l.api.CreateENI(ctx, spec("more"))
-		l.await(t, task, err)
+		eni := l.detached(t)
 		if _, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, "more"); code(err) != "LimitExceeded" {
 			t.Errorf("ENI beyond the quota: %v", err)
+		}
+		if _, _, err = l.api.CreateENI(ctx, l.spec("more")); code(err) != "LimitExceeded" || len(l.Snapshot().ENIs) != 5 {
+			t.Errorf("ENI created beyond the quota: %v", err)
+		}
+	})
+}
+
+// TestENIQuotaHolds: an ENI that is being created for an instance has its place.
+func TestENIQuotaHolds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, ctx := newLab(t, cloud.Default()), t.Context()
+		refused := 0
+		for i := range 5 {
+			_, _, err := l.api.CreateENI(ctx, l.spec(strconv.Itoa(i)))
+			if err != nil && code(err) != "LimitExceeded" {
+				t.Fatal(err)
+			}
+			if err != nil {
+				refused++
+			}
+		}
+		time.Sleep(time.Minute)
+		indexes := map[int]bool{}
+		for _, e := range l.Snapshot().ENIs {
+			indexes[e.DeviceIndex] = l.machines.addrs(e.ID) != nil
+		}
+		if want := map[int]bool{0: true, 1: true, 2: true, 3: true}; refused != 2 || !maps.Equal(indexes, want) {
+			t.Errorf("%d of 5 are refused; device indexes, and whether they have ports: %v", refused, indexes)
 		}
 	})
 }
@@ -173,12 +335,16 @@ func TestSubnetExhausted(t *testing.T) {
 		config := instant()
 		config.Subnets[1].CIDR = netip.MustParsePrefix("10.0.16.0/29") // .2 to .6
 		l := newLab(t, config)
-		eni, task, err := l.api.CreateENI(t.Context(), spec("c"))
-		l.await(t, task, err)
+		many := l.spec("many")
+		many.SecondaryIPs = 5
+		if _, _, err := l.api.CreateENI(t.Context(), many); code(err) != tencent.CodeSubnetExhausted || len(l.Snapshot().ENIs) != 1 {
+			t.Errorf("6 of 5 addresses: %v", err)
+		}
+		eni := l.attached(t, "c")
 		if eni.IPs[0].Addr != netip.MustParseAddr("10.0.16.2") {
 			t.Errorf("first address %s", eni.IPs[0].Addr)
 		}
-		if _, _, err = l.api.AssignIPs(t.Context(), eni.ID, 5, "a"); code(err) != tencent.CodeSubnetExhausted {
+		if _, _, err := l.api.AssignIPs(t.Context(), eni.ID, 5, "a"); code(err) != tencent.CodeSubnetExhausted {
 			t.Errorf("5 of 4 addresses: %v", err)
 		}
 		ips, task, err := l.api.AssignIPs(t.Context(), eni.ID, 4, "b")
@@ -193,10 +359,9 @@ func TestSubnetExhausted(t *testing.T) {
 func TestPlugFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l, ctx := newLab(t, instant()), t.Context()
-		eni, task, err := l.api.CreateENI(ctx, spec("c"))
-		l.await(t, task, err)
+		eni := l.detached(t)
 		l.machines.fail = errors.New("no slot")
-		task, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, "a")
+		task, err := l.api.AttachENI(ctx, eni.ID, l.instance.ID, "a")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -226,8 +391,8 @@ func TestPlugFails(t *testing.T) {
 	})
 }
 
-// TestTaskFaults: a task that is stuck, one that vanishes, and one that gives less
-// than was asked for.
+// TestTaskFaults: a task that is stuck, one that vanishes, one that fails, and one that
+// gives less than was asked for.
 func TestTaskFaults(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l, ctx := newLab(t, instant()), t.Context()
@@ -240,14 +405,7 @@ func TestTaskFaults(t *testing.T) {
 			}
 			return got.Status
 		}
-		now := func() cloud.ENI {
-			for _, e := range l.Snapshot().ENIs {
-				if e.ID == eni.ID {
-					return e
-				}
-			}
-			return cloud.ENI{}
-		}
+		now := func() cloud.ENI { return l.now(eni.ID) }
 
 		l.Inject(cloud.Fault{Action: "vpc:AssignPrivateIpAddresses", Partial: 3})
 		ips, task, err := l.api.AssignIPs(ctx, eni.ID, 5, "partial")
@@ -272,21 +430,24 @@ func TestTaskFaults(t *testing.T) {
 
 		for _, c := range []struct {
 			action string
-			call   func() (string, error)
+			call   func(token string) (string, error)
 		}{
-			{"AttachNetworkInterface", func() (string, error) { return l.api.AttachENI(ctx, eni.ID, l.instance.ID, "vanish") }},
-			{"UnassignPrivateIpAddresses", func() (string, error) { return l.api.UnassignIPs(ctx, eni.ID, []netip.Addr{ips[0].Addr}) }},
-			{"DeleteNetworkInterface", func() (string, error) { return l.api.DeleteENI(ctx, eni.ID) }},
+			{"AttachNetworkInterface", func(token string) (string, error) { return l.api.AttachENI(ctx, eni.ID, l.instance.ID, token) }},
+			{"UnassignPrivateIpAddresses", func(string) (string, error) { return l.api.UnassignIPs(ctx, eni.ID, []netip.Addr{ips[0].Addr}) }},
+			{"DeleteNetworkInterface", func(string) (string, error) { return l.api.DeleteENI(ctx, eni.ID) }},
 		} {
-			before := now()
-			l.Inject(cloud.Fault{Action: "vpc:" + c.action, Vanish: true})
-			task, err := c.call()
-			if err != nil {
-				t.Fatal(err)
-			}
-			time.Sleep(time.Second)
-			if status(task) != tencent.CodeNotFound || now().State != tencent.StateAvailable || now().Instance != before.Instance || len(now().IPs) != len(before.IPs) {
-				t.Errorf("%s vanished: task %s, before %+v, after %+v", c.action, status(task), before, now())
+			for want, fault := range map[string]cloud.Fault{tencent.CodeNotFound: {Vanish: true}, tencent.TaskFailed: {Fail: true}} {
+				before := now()
+				fault.Action = "vpc:" + c.action
+				l.Inject(fault)
+				task, err := c.call(want)
+				if err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(time.Second)
+				if status(task) != want || now().State != tencent.StateAvailable || now().Instance != before.Instance || len(now().IPs) != len(before.IPs) {
+					t.Errorf("%s: task %s, before %+v, after %+v", c.action, status(task), before, now())
+				}
 			}
 		}
 	})

@@ -18,6 +18,7 @@ type Fault struct {
 	// What goes wrong after the request is taken:
 	Stuck   time.Duration // the task runs so much longer
 	Vanish  bool          // the task ends without effect, and then nobody knows of it
+	Fail    bool          // the task ends FAILED, without effect
 	Partial int           // so many of the addresses asked for are not given
 }
 

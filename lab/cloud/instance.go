@@ -214,11 +214,11 @@ func (r *Region) ImportImage(id string) {
 }
 
 // CreateENI creates an ENI that is attached to nothing, at once.
-func (r *Region) CreateENI(subnet string) (ENI, error) {
+func (r *Region) CreateENI(subnet string, tags ...Tag) (ENI, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	e, err := r.newENI(&createENIIn{
-		VpcId: r.config.VPCID, NetworkInterfaceName: "made by hand", SubnetId: subnet, SecurityGroupIds: r.config.SecurityGroups[:1],
+		VpcId: r.config.VPCID, NetworkInterfaceName: "made by hand", SubnetId: subnet, SecurityGroupIds: r.config.SecurityGroups[:1], Tags: tags,
 	})
 	if err != nil {
 		return e, fmt.Errorf("create ENI: %w", err)

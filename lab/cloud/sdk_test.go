@@ -42,16 +42,22 @@ func endpoint(service string) *profile.ClientProfile {
 func newSDK(t *testing.T, config cloud.Config) *sdk {
 	t.Helper()
 	config.Policy = []byte(everything)
-	s := &sdk{lab: newLab(t, config)}
+	return newSDKIn(t, newLab(t, config))
+}
+
+func newSDKIn(t *testing.T, l *lab) *sdk {
+	t.Helper()
+	s := &sdk{lab: l}
 	keys, err := s.metadata.Credentials(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	s.credential = common.NewTokenCredential(keys.SecretID, keys.SecretKey.Reveal(), keys.Token.Reveal())
 	var err1, err2, err3 error
-	s.vpc, err1 = vpc.NewClient(s.credential, config.Region, endpoint("vpc"))
-	s.cbs, err2 = cbs.NewClient(s.credential, config.Region, endpoint("cbs"))
-	s.cvm, err3 = cvm.NewClient(s.credential, config.Region, endpoint("cvm"))
+	const region = "ap-guangzhou"
+	s.vpc, err1 = vpc.NewClient(s.credential, region, endpoint("vpc"))
+	s.cbs, err2 = cbs.NewClient(s.credential, region, endpoint("cbs"))
+	s.cvm, err3 = cvm.NewClient(s.credential, region, endpoint("cvm"))
 	if err1 != nil || err2 != nil || err3 != nil {
 		t.Fatal(err1, err2, err3)
 	}
@@ -61,20 +67,33 @@ func newSDK(t *testing.T, config cloud.Config) *sdk {
 	return s
 }
 
+// create creates an ENI without attaching it, and returns its id, its state and the task.
+func (s *sdk) create(token, name string) (eni, state, task string, err error) {
+	q := vpc.NewCreateNetworkInterfaceRequest()
+	q.VpcId, q.SubnetId, q.NetworkInterfaceName = common.StringPtr("vpc-lab00001"), common.StringPtr("subnet-pods0001"), &name
+	q.SecurityGroupIds, q.ClientToken = common.StringPtrs([]string{"sg-lab00001"}), &token
+	q.Tags = []*vpc.Tag{{Key: common.StringPtr("tkenode"), Value: common.StringPtr("cls-lab00001")}}
+	a, err := s.vpc.CreateNetworkInterface(q)
+	if err != nil {
+		return "", "", "", err
+	}
+	return *a.Response.NetworkInterface.NetworkInterfaceId, *a.Response.NetworkInterface.State, *a.Response.RequestId, nil
+}
+
 // requests are the SDK's structs for the parameters of the actions that the
 // agent's client calls.
 var requests = map[string]any{
-	"CreateNetworkInterface":        vpc.CreateNetworkInterfaceRequest{},
-	"AttachNetworkInterface":        vpc.AttachNetworkInterfaceRequest{},
-	"DetachNetworkInterface":        vpc.DetachNetworkInterfaceRequest{},
-	"DeleteNetworkInterface":        vpc.DeleteNetworkInterfaceRequest{},
-	"AssignPrivateIpAddresses":      vpc.AssignPrivateIpAddressesRequest{},
-	"UnassignPrivateIpAddresses":    vpc.UnassignPrivateIpAddressesRequest{},
-	"DescribeNetworkInterfaces":     vpc.DescribeNetworkInterfacesRequest{},
-	"DescribeNetworkInterfaceLimit": vpc.DescribeNetworkInterfaceLimitRequest{},
-	"DescribeSubnets":               vpc.DescribeSubnetsRequest{},
-	"DescribeVpcTaskResult":         vpc.DescribeVpcTaskResultRequest{},
-	"DescribeZones":                 cvm.DescribeZonesRequest{},
+	"CreateAndAttachNetworkInterface": vpc.CreateAndAttachNetworkInterfaceRequest{},
+	"AttachNetworkInterface":          vpc.AttachNetworkInterfaceRequest{},
+	"DetachNetworkInterface":          vpc.DetachNetworkInterfaceRequest{},
+	"DeleteNetworkInterface":          vpc.DeleteNetworkInterfaceRequest{},
+	"AssignPrivateIpAddresses":        vpc.AssignPrivateIpAddressesRequest{},
+	"UnassignPrivateIpAddresses":      vpc.UnassignPrivateIpAddressesRequest{},
+	"DescribeNetworkInterfaces":       vpc.DescribeNetworkInterfacesRequest{},
+	"DescribeNetworkInterfaceLimit":   vpc.DescribeNetworkInterfaceLimitRequest{},
+	"DescribeSubnets":                 vpc.DescribeSubnetsRequest{},
+	"DescribeVpcTaskResult":           vpc.DescribeVpcTaskResultRequest{},
+	"DescribeZones":                   cvm.DescribeZonesRequest{},
 }
 
 // answers are the SDK's structs for what each action answers.
@@ -210,6 +229,11 @@ func TestSDKENI(t *testing.T) {
 			t.Errorf("created %s", made.ToJsonString())
 		}
 		done(made.Response.RequestId)
+		create.SubnetId = str("subnet-00000000")
+		if _, err = s.vpc.CreateNetworkInterface(create); sdkCode(err) != "ResourceNotFound" {
+			t.Errorf("created in no subnet: %v", err)
+		}
+		create.SubnetId = str("subnet-pods0001")
 
 		attach := vpc.NewAttachNetworkInterfaceRequest()
 		attach.NetworkInterfaceId, attach.InstanceId = eni.NetworkInterfaceId, str(s.instance.ID)

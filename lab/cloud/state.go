@@ -98,6 +98,15 @@ func (e ENI) copy() ENI {
 	return e
 }
 
+// attachedTo returns the instance that the ENI is described as attached to: while
+// it is being created, none.
+func (e ENI) attachedTo() string {
+	if e.State == pending {
+		return ""
+	}
+	return e.Instance
+}
+
 // usable lists the addresses that packets of the ENI may carry.
 func (e ENI) usable() []netip.Addr {
 	var addrs []netip.Addr

@@ -36,7 +36,10 @@ type work struct {
 	done func(err error)
 }
 
-var errVanished = errors.New("the task has vanished")
+var (
+	errVanished  = errors.New("the task has vanished")
+	errOnRequest = errors.New("the task fails on request")
+)
 
 // begin starts work as the task of a request, which never ends in a region that is
 // closed. The caller holds mu.
@@ -57,9 +60,12 @@ func (r *Region) begin(id string, w work) {
 			return
 		}
 		var err error
-		if fault.Vanish {
+		switch {
+		case fault.Vanish:
 			err = errVanished
-		} else if w.do != nil {
+		case fault.Fail:
+			err = errOnRequest
+		case w.do != nil:
 			ctx, cancel := context.WithTimeout(r.ctx, deviceTimeout)
 			err = w.do(ctx)
 			cancel()
@@ -74,9 +80,9 @@ func (r *Region) begin(id string, w work) {
 			}
 			r.log.Warn("task failed", "task", id, "action", w.action, "target", w.target, "err", err)
 		}
-		w.done(err)
 		for _, target := range w.target {
 			delete(r.claimed, target)
 		}
+		w.done(err) // which may begin what the task goes on with
 	})
 }

@@ -241,7 +241,7 @@ func (r *Region) checkAttach(e ENI, instanceID string) (Instance, error) {
 	return instance, nil
 }
 
-// attach starts to attach an ENI, which may be PENDING. The caller holds mu.
+// attach starts to attach an ENI. The caller holds mu.
 func (r *Region) attach(id, action string, e ENI, instance Instance) {
 	e = e.copy()
 	e.Instance, e.DeviceIndex = instance.ID, 1
@@ -281,11 +281,13 @@ func (r *Region) attachedENIs(instance string) []ENI {
 	return slices.DeleteFunc(r.enis.all(), func(e ENI) bool { return e.Instance != instance })
 }
 
+// createAndAttachNetworkInterface takes as long as its two halves: the ENI is PENDING
+// and then ATTACHING. One that cannot be attached is left detached.
 func (r *Region) createAndAttachNetworkInterface(id string, in *createAttachENIIn) (any, error) {
 	if instance, ok := r.instances.get(in.InstanceId); !ok {
 		return nil, refuse("ResourceNotFound", "instance %q is not found", in.InstanceId)
-	} else if len(r.attachedENIs(instance.ID)) >= instanceTypes[instance.Type].ENIs {
-		return nil, refuse("LimitExceeded", "instance %s has its ENIs", instance.ID)
+	} else if quota := instanceTypes[instance.Type].ENIs; len(r.attachedENIs(instance.ID)) >= quota {
+		return nil, refuse("LimitExceeded", "instance %s has its %d ENIs", instance.ID, quota)
 	}
 	e, err := r.newENI(&in.createENIIn)
 	if err != nil {
@@ -296,8 +298,23 @@ func (r *Region) createAndAttachNetworkInterface(id string, in *createAttachENII
 		r.enis.drop(e.ID)
 		return nil, err
 	}
-	r.attach(id, "CreateAndAttachNetworkInterface", e, instance)
-	e, _ = r.enis.get(e.ID)
+	const action = "CreateAndAttachNetworkInterface"
+	e.Instance = instance.ID // whose place is taken
+	r.enis.put(e.ID, e)
+	r.begin(id, work{
+		action: action, target: []string{e.ID}, takes: r.config.Delays.Task,
+		done: func(err error) {
+			if err != nil { // it is there nevertheless
+				e := e.copy()
+				e.Instance = ""
+				r.enis.put(e.ID, e)
+			}
+			r.settleENI(e.ID)
+			if e, _ := r.enis.get(e.ID); err == nil {
+				r.attach(id, action, e, instance)
+			}
+		},
+	})
 	return struct{ NetworkInterface eniOut }{r.describe(e)}, nil
 }
 

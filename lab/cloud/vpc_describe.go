@@ -63,9 +63,9 @@ func (r *Region) describe(e ENI) eniOut {
 	for _, ip := range e.IPs {
 		out.PrivateIpAddressSet = append(out.PrivateIpAddressSet, describeIP(ip))
 	}
-	if e.Instance != "" {
+	if instance := e.attachedTo(); instance != "" {
 		out.Business = "cvm"
-		out.Attachment = &attachmentOut{e.Instance, e.DeviceIndex, r.config.OwnerUin, beijing(e.Attached)}
+		out.Attachment = &attachmentOut{instance, e.DeviceIndex, r.config.OwnerUin, beijing(e.Attached)}
 	}
 	return out
 }
@@ -146,7 +146,7 @@ var eniFilters = map[string]func(r *Region, e ENI) []string{
 	"subnet-id":                func(_ *Region, e ENI) []string { return []string{e.Subnet} },
 	"network-interface-id":     func(_ *Region, e ENI) []string { return []string{e.ID} },
 	"network-interface-name":   func(_ *Region, e ENI) []string { return []string{e.Name} },
-	"attachment.instance-id":   func(_ *Region, e ENI) []string { return []string{e.Instance} },
+	"attachment.instance-id":   func(_ *Region, e ENI) []string { return []string{e.attachedTo()} },
 	"groups.security-group-id": func(_ *Region, e ENI) []string { return e.SecurityGroups },
 	"is-primary":               func(_ *Region, e ENI) []string { return []string{strconv.FormatBool(e.Primary)} },
 	"address-ip": func(_ *Region, e ENI) (values []string) {
