@@ -39,6 +39,7 @@ type Options struct {
 const (
 	stateDir  = "/var/lib/tkenode"
 	imagesDir = "/usr/lib/tkenode/images" // what the node image carries
+	seedFile  = "/usr/lib/tkenode/seed.tar"
 	// kubeletCert is kubelet's own client certificate, which it rotates.
 	kubeletCert = "/var/lib/kubelet/pki/kubelet-client-current.pem"
 )
@@ -164,7 +165,7 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 		modules = append(modules, disk.New(want, s.Facts.DataDisks, filepath.Join(stateDir, "disk"), log("disk")))
 	}
 	modules = append(modules,
-		unit.Containerd(files, bus, containerd),
+		unit.Containerd(files, bus, containerd, seedFile),
 		unit.NewImages(imagesDir, bus, containerd),
 		network.Pool(),
 		network.Paths(),

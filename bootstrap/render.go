@@ -52,7 +52,6 @@ const (
 	containerdConfigPath = "/etc/containerd/config.toml"
 	registriesDir        = "/etc/containerd/certs.d"
 	unitDir              = "/etc/systemd/system"
-	containerdRoot       = "/var/lib/containerd"
 )
 
 //go:embed templates
@@ -94,8 +93,8 @@ func Render(c node.Config, f node.Facts, m Machine) ([]node.File, error) {
 	fromTemplate(unitPath(node.ContainerdUnit), containerd, "containerd.service", struct {
 		Config, Root string
 		OwnDisk      bool
-	}{containerdConfigPath, containerdRoot, slices.ContainsFunc(c.Disks, func(d node.DiskConfig) bool { return d.MountPoint == containerdRoot })})
-	fromTemplate(containerdConfigPath, containerd, "config.toml", struct{ Root, Pause, Registries string }{containerdRoot, node.PauseImage, registriesDir})
+	}{containerdConfigPath, node.ContainerdRoot, slices.ContainsFunc(c.Disks, func(d node.DiskConfig) bool { return d.MountPoint == node.ContainerdRoot })})
+	fromTemplate(containerdConfigPath, containerd, "config.toml", struct{ Root, Pause, Registries string }{node.ContainerdRoot, node.PauseImage, registriesDir})
 	for _, r := range c.Containerd.Registries {
 		// containerd reads it at each pull: nothing needs a restart.
 		fromTemplate(filepath.Join(registriesDir, r.Host, "hosts.toml"), nil, "hosts.toml", struct {

@@ -35,7 +35,7 @@ func (b *builder) disk(ctx context.Context, base string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	inputs := []string{recipe, tree, b.key(baseStep)}
+	inputs := []string{recipe, tree, b.key(baseStep), b.key(seedStep)}
 	for _, name := range slices.Sorted(maps.Keys(components)) {
 		if components[name].onNode {
 			inputs = append(inputs, name, b.key(name))
@@ -97,10 +97,10 @@ func (b *builder) makeDisk(ctx context.Context, out, base, rootfs, key string) e
 }
 
 // stage links together what goes to /usr/lib/tkenode: the components, the
-// container images, and the versions of both, for nobody should have to start
-// kubelet to learn its version.
+// container images, the seed of containerd's root, and the versions of both, for
+// nobody should have to start kubelet to learn its version.
 func (b *builder) stage(ctx context.Context, dir string) error {
-	links := map[string]string{}
+	links := map[string]string{"seed.tar": b.seedFile()}
 	for name, what := range components {
 		if what.onNode {
 			links["bin/"+name] = filepath.Join(b.binDir(), name)

@@ -98,6 +98,9 @@ func Build(ctx context.Context, o Options) (*Artifacts, error) {
 	if err := b.containerImages(ctx, base); err != nil {
 		return nil, err
 	}
+	if err := b.seed(ctx); err != nil {
+		return nil, err
+	}
 	disk, err := b.disk(ctx, base)
 	if err != nil {
 		return nil, err

@@ -23,3 +23,18 @@ const (
 // to no registry on purpose: where the image is missing, pods fail at once and
 // say so, instead of waiting for the network.
 const PauseImage = "localhost/tkenode/pause:v1"
+
+// ContainerdRoot is where containerd keeps images and containers; usually a disk
+// of its own is mounted there.
+const ContainerdRoot = "/var/lib/containerd"
+
+// CRINamespace is where containerd's CRI plug-in looks for images.
+const CRINamespace = "k8s.io"
+
+// ImageLabels are those by which the CRI plug-in knows its images, and which of
+// them kubelet's garbage collection must spare.
+// Source: containerd internal/cri/labels/labels.go
+var ImageLabels = map[string]string{
+	"io.cri-containerd.image":  "managed",
+	"io.cri-containerd.pinned": "pinned",
+}

@@ -24,6 +24,7 @@ type observed struct {
 	Unit  State           `json:"unit"`
 	After string          `json:"after,omitempty"` // ActiveState of the unit that has to be up first
 	Probe string          `json:"probe,omitempty"` // what the daemon's probe said; empty: it answers
+	Root  root            `json:"root,omitzero"`   // only of containerd
 }
 
 type file struct {
@@ -64,6 +65,8 @@ type verb int
 const (
 	write verb = iota
 	reload
+	sow
+	tidy
 	start
 	restart
 )
@@ -102,6 +105,9 @@ func decide(w want, have observed) verdict {
 	if s.NeedReload || unitFiles && s.Load != "not-found" {
 		v.add(reload, node.File{}, "reload systemd's units")
 	}
+	if have.Root.Left {
+		v.add(tidy, node.File{}, "remove what is left of a seed in %s", have.Root.Path)
+	}
 	switch {
 	case s.running() && s.Files == "" && s.Up < time.Second:
 		// Between fork and exec a process has systemd's own environment.
@@ -124,11 +130,20 @@ func decide(w want, have observed) verdict {
 	case s.Active == "activating": // systemd waits RestartSec and tries again
 		v.wait("Restarting", "%s ended and systemd restarts it: %s", w.unit, s.failure())
 	case s.Active == "failed":
+		v.sow(have.Root)
 		v.add(start, node.File{}, "start %s, which has failed (%s)", w.unit, s.failure())
 	default:
+		v.sow(have.Root)
 		v.add(start, node.File{}, "start %s", w.unit)
 	}
 	return v
+}
+
+// sow fills containerd's root before containerd has anything in it.
+func (v *verdict) sow(r root) {
+	if r.Fresh && len(r.Seed.Images) > 0 {
+		v.add(sow, node.File{}, "seed %s with %d baked images (%s)", r.Path, len(r.Seed.Images), size(int(r.Seed.Bytes)))
+	}
 }
 
 func (v *verdict) add(do verb, f node.File, format string, args ...any) {

@@ -29,18 +29,9 @@ import (
 
 const (
 	containerdSocket = "/run/containerd/containerd.sock"
-	criNamespace     = "k8s.io"    // where the CRI plug-in looks for images
 	imagesAgain      = time.Minute // containerd does not tell that an image was removed
 	healthzURL       = "http://127.0.0.1:10248/healthz"
 )
-
-// The labels by which the CRI plug-in knows its images, and which of them
-// kubelet's garbage collection must spare.
-// Source: containerd internal/cri/labels/labels.go
-var imageLabels = map[string]string{
-	"io.cri-containerd.image":  "managed",
-	"io.cri-containerd.pinned": "pinned",
-}
 
 // Runtime is a connection to containerd, made when it is first used.
 type Runtime struct {
@@ -84,7 +75,7 @@ func (r *Runtime) Sandboxes(ctx context.Context) (map[string]bool, error) {
 	if err := r.probe(ctx); err != nil {
 		return nil, err
 	}
-	ctx = namespaces.WithNamespace(ctx, criNamespace)
+	ctx = namespaces.WithNamespace(ctx, node.CRINamespace)
 	sandboxes, err := r.client.SandboxStore().List(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("list containerd's sandboxes: %w", err)
@@ -187,7 +178,7 @@ func (m *Images) Apply(ctx context.Context, p node.Plan) error {
 
 // images returns which of the baked images containerd has.
 func (r *Runtime) images(ctx context.Context, baked []archive) (map[string]image, error) {
-	ctx = namespaces.WithNamespace(ctx, criNamespace)
+	ctx = namespaces.WithNamespace(ctx, node.CRINamespace)
 	have := map[string]image{}
 	for _, a := range baked {
 		i, err := r.client.GetImage(ctx, a.Name)
@@ -203,7 +194,7 @@ func (r *Runtime) images(ctx context.Context, baked []archive) (map[string]image
 		}
 		have[a.Name] = image{
 			Digest: i.Target().Digest.String(), Unpacked: unpacked,
-			Pinned: i.Labels()["io.cri-containerd.pinned"] == imageLabels["io.cri-containerd.pinned"],
+			Pinned: i.Labels()["io.cri-containerd.pinned"] == node.ImageLabels["io.cri-containerd.pinned"],
 		}
 	}
 	return have, nil
@@ -211,13 +202,13 @@ func (r *Runtime) images(ctx context.Context, baked []archive) (map[string]image
 
 // load imports one archive and unpacks its images.
 func (r *Runtime) load(ctx context.Context, path string) error {
-	ctx = namespaces.WithNamespace(ctx, criNamespace)
+	ctx = namespaces.WithNamespace(ctx, node.CRINamespace)
 	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	imported, err := r.client.Import(ctx, f, containerd.WithImageLabels(imageLabels))
+	imported, err := r.client.Import(ctx, f, containerd.WithImageLabels(node.ImageLabels))
 	if err != nil {
 		return err
 	}

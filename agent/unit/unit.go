@@ -41,6 +41,7 @@ type Unit struct {
 	needs []node.ConditionType
 	probe func(context.Context) error
 	bus   Bus
+	seed  *seed  // of containerd only
 	root  string // prefix of every path: "" but in tests
 
 	mu sync.Mutex // held by Apply
@@ -48,11 +49,13 @@ type Unit struct {
 
 // Containerd returns the module of containerd.service. It keeps those of files
 // that the unit reads, and those that no unit reads at its start: containerd's
-// registries, which are read at each pull.
-func Containerd(files []node.File, bus Bus, rt *Runtime) *Unit {
+// registries, which are read at each pull. A root that containerd has not used yet
+// is filled from seedFile, if there is one.
+func Containerd(files []node.File, bus Bus, rt *Runtime, seedFile string) *Unit {
 	u := &Unit{
 		want: wanted(node.ContainerdUnit, files), cond: node.RuntimeReady,
 		needs: []node.ConditionType{node.DisksReady}, probe: rt.probe, bus: bus,
+		seed: &seed{file: seedFile, root: node.ContainerdRoot},
 	}
 	for _, f := range files {
 		if len(f.Units) == 0 {
@@ -167,6 +170,11 @@ func (u *Unit) observe(ctx context.Context) (observed, error) {
 		}
 		have.After = dep.Active
 	}
+	if u.seed != nil {
+		if have.Root, err = u.seed.observe(); err != nil {
+			return have, err
+		}
+	}
 	switch {
 	case have.Unit.running():
 		ctx, cancel := context.WithTimeout(ctx, probeTimeout)
@@ -188,11 +196,24 @@ func (u *Unit) do(ctx context.Context, s step) error {
 		return writeFile(u.root, s.file)
 	case reload:
 		return u.bus.Reload(ctx)
+	case sow:
+		return u.sow(ctx)
+	case tidy:
+		return u.seed.clear()
 	case start:
 		return u.explain(ctx, u.bus.Start(ctx, u.unit))
 	default:
 		return u.explain(ctx, u.bus.Restart(ctx, u.unit))
 	}
+}
+
+// sow seeds containerd's root, unless somebody has started containerd meanwhile.
+func (u *Unit) sow(ctx context.Context) error {
+	s, err := u.bus.Unit(ctx, u.unit)
+	if err != nil || s.Active != "inactive" && s.Active != "failed" {
+		return err
+	}
+	return u.seed.sow(ctx)
 }
 
 // explain adds to a failed job what the unit's own state and journal say.
@@ -266,11 +287,7 @@ func writeFile(root string, f node.File) (err error) {
 	if err := os.Rename(name, path); err != nil {
 		return err
 	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return firstError(dir.Sync(), dir.Close())
+	return syncDir(filepath.Dir(path))
 }
 
 func firstError(errs ...error) error {

@@ -19,6 +19,7 @@ import (
 // files that were there when they started.
 type machine struct {
 	root string
+	seed string // file that containerd's root is filled from; may be empty
 
 	mu    sync.Mutex // guards the rest
 	units map[string]*State
@@ -126,11 +127,14 @@ func files(config string) []node.File {
 // on places a unit on the machine; its daemon always answers.
 func on(m *machine, u *Unit) *Unit {
 	u.root, u.probe = m.root, func(context.Context) error { return nil }
+	if u.seed != nil {
+		u.seed.root = m.root + u.seed.root
+	}
 	return u
 }
 
 func containerdOn(m *machine, config string) *Unit {
-	return on(m, Containerd(files(config), m, &Runtime{}))
+	return on(m, Containerd(files(config), m, &Runtime{}, m.seed))
 }
 
 func converge(t *testing.T, u *Unit) {
