@@ -30,9 +30,10 @@ test: setup build test-unit test-kernel test-node ## all three tiers
 test-unit: ## pure code, goldens, fuzz seeds; no root
 	$(GO) test -race ./...
 
-test-kernel: setup build ## network namespaces, loop devices, real mkfs; root
+test-kernel: setup build ## network namespaces, loop devices, real mkfs, the node's containerd; root
+	@$(LAB) build
 	@$(if $(SUDO),sudo -v &&) true # the password is asked for before the tests compile
-	TKE_ENI='$(CURDIR)/bin/tke-eni' $(GO) test -tags kernel -count=1 -run '^TestKernel' -exec '$(SUDO)' ./...
+	TKENODE_CACHE="$${TKENODE_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/tkenode}" TKE_ENI='$(CURDIR)/bin/tke-eni' $(GO) test -tags kernel -count=1 -run '^TestKernel' -exec '$(SUDO)' ./...
 
 test-node: setup build ## the shipped image in a virtual machine, with a real control plane
 	@$(LAB) build

@@ -197,9 +197,13 @@ func alive(ctx context.Context, err error) error {
 	return ctx.Err()
 }
 
-// clear removes what is left of a seed. It ceases to be ready before it ceases to
-// be whole.
+// clear removes what is left of a seed, if it still is of no use. It ceases to be
+// ready before it ceases to be whole.
 func (s *seed) clear() error {
+	r, err := s.observe()
+	if err != nil || !r.Left {
+		return err
+	}
 	begun, ready := filepath.Join(s.root, seedNew), filepath.Join(s.root, seedReady)
 	if err := os.RemoveAll(begun); err != nil {
 		return err

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -357,4 +358,42 @@ func TestSeedLeavesAlone(t *testing.T) {
 			t.Errorf("%s: %q, want %q", name, got, want)
 		}
 	}
+}
+
+// FuzzSeed: whatever two entries in a seed are, nothing is written outside of the
+// directory that they are for.
+func FuzzSeed(f *testing.F) {
+	const content = "io.containerd.content.v1.content"
+	f.Add(content+"/a", byte(tar.TypeSymlink), "../..", content+"/a/b", byte(tar.TypeReg), "")
+	f.Add(content+"/a/", byte(tar.TypeDir), "", content+"/a/../../../b", byte(tar.TypeReg), "")
+	f.Add(content+"/a", byte(tar.TypeReg), "", content+"/b", byte(tar.TypeLink), content+"/a")
+	f.Add("../a", byte(tar.TypeReg), "", content+"/b", byte(tar.TypeLink), "../outside")
+	f.Fuzz(func(t *testing.T, name1 string, type1 byte, link1, name2 string, type2 byte, link2 string) {
+		top := t.TempDir()
+		u := unpacking{dir: filepath.Join(top, "in"), left: node.SeedContents{Files: 3, Bytes: 3}, seen: map[string]byte{}, buffer: make([]byte, 10)}
+		outside := filepath.Join(top, "outside")
+		if err := os.WriteFile(outside, []byte("safe"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Mkdir(u.dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		at := dir(content)
+		for _, h := range []*tar.Header{&at, {Name: name1, Typeflag: type1, Linkname: link1}, {Name: name2, Typeflag: type2, Linkname: link2}} {
+			data := ""
+			if h.Typeflag == tar.TypeReg {
+				h.Size, data = 1, "x"
+			}
+			_ = u.entry(h, strings.NewReader(data)) // most are refused
+		}
+		_ = u.times()
+		entries, err := os.ReadDir(top)
+		if err != nil || len(entries) != 2 {
+			t.Errorf("beside the directory: %v, %v", entries, err)
+		}
+		st, err := os.Stat(outside)
+		if err != nil || st.Size() != 4 || st.Mode().Perm() != 0o600 || st.Sys().(*syscall.Stat_t).Nlink != 1 {
+			t.Errorf("outside: %v, %v", st, err)
+		}
+	})
 }
