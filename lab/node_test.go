@@ -169,6 +169,12 @@ func TestNodeLifecycle(t *testing.T) {
 			t.Errorf("mounted at /var/lib/containerd: %s", out)
 		}
 	})
+	t.Run("seed", func(t *testing.T) {
+		out := l.mustRun(t, c, "journalctl -b -o cat -u tkenode-agent | grep -E 'seed /var/lib/containerd|import localhost/' || true; ls -A /var/lib/containerd | grep tkenode-seed || true")
+		if !strings.Contains(out, "with 2 baked images") || strings.Contains(out, "import localhost/") || strings.Contains(out, ".tkenode-seed") {
+			t.Errorf("the baked images were not only seeded:\n%s", out)
+		}
+	})
 	t.Run("converged", func(t *testing.T) { converged(t, l, c) })
 	t.Run("metrics", func(t *testing.T) { testMetrics(t, l, c) })
 	t.Run("units", func(t *testing.T) {
