@@ -32,19 +32,26 @@ type watch struct {
 
 // line returns when signals come, or ctx ends; down is closed when they no longer do.
 func (s *signals) line(ctx context.Context, w *watch) (down <-chan struct{}, err error) {
-	s.mu.Lock()
-	s.init()
-	up := s.up
-	s.mu.Unlock()
-	select {
-	case <-up:
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	for {
+		s.mu.Lock()
+		s.init()
+		up := s.up
+		select {
+		case <-up:
+			s.watches[w] = true
+			down = s.down
+		default:
+		}
+		s.mu.Unlock()
+		if down != nil {
+			return down, nil
+		}
+		select {
+		case <-up: // they may have ended again since
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.watches[w] = true
-	return s.down, nil
 }
 
 // init makes what the zero value lacks. The caller holds mu.
@@ -83,6 +90,17 @@ func (s *signals) tell(name string) {
 		if slices.Contains(w.names, name) {
 			w.changed()
 		}
+	}
+}
+
+// receiving says whether signals come. Whoever is woken by that finds nothing
+// remembered from before.
+func (s *Systemd) receiving(yes bool) {
+	s.states.told(yes)
+	if yes {
+		s.signals.begin()
+	} else {
+		s.signals.end()
 	}
 }
 
@@ -156,10 +174,8 @@ func (s *Systemd) receive(ctx context.Context) error {
 		return fmt.Errorf("subscribe to systemd: %w", call.Err)
 	}
 	subscribed()
-	s.states.told(true)
-	defer s.states.told(false)
-	s.signals.begin()
-	defer s.signals.end()
+	s.receiving(true)
+	defer s.receiving(false)
 	for {
 		select {
 		case signal, ok := <-incoming:

@@ -12,19 +12,20 @@ import (
 // asker counts how often it is asked, and answers with that number.
 type asker struct {
 	asked int
+	files string
 	err   error
 }
 
 func (a *asker) ask(context.Context) (State, error) {
 	a.asked++
-	return State{Active: "active", ExitStatus: a.asked, Up: time.Minute}, a.err
+	return State{Active: "active", ExitStatus: a.asked, Up: time.Minute, Files: a.files}, a.err
 }
 
 func TestStates(t *testing.T) {
 	const unit = "containerd.service"
 	synctest.Test(t, func(t *testing.T) {
 		var s states
-		var a asker
+		a := asker{files: "d1935t"}
 		want := func(n int, why string) State {
 			t.Helper()
 			st, err := s.of(t.Context(), unit, a.ask)
@@ -122,23 +123,81 @@ func TestSignals(t *testing.T) {
 		}
 		go watch()
 		want(0, "no signals yet")
-		s.signals.begin()
+		s.receiving(true)
 		want(1, "signals come")
 		s.signals.tell("kubelet.service")
 		s.signals.tell("containerd.service")
 		want(2, "one is for it")
-		s.signals.end()
+		s.receiving(false)
 		if err := <-ended; err == nil {
 			t.Error("the loss is not told")
 		}
 		go watch()
 		s.signals.tell("kubelet.service")
 		want(2, "no signals again")
-		s.signals.begin()
+		s.receiving(true)
 		want(3, "signals come again")
 		stop()
 		if err := <-ended; !errors.Is(err, context.Canceled) {
 			t.Error(err)
 		}
+	})
+}
+
+// TestSignalsLostAtOnce: who waits for signals that come and are lost before it has
+// noticed either waits for the next, or is told of the loss; it does not watch what
+// nobody tells.
+func TestSignalsLostAtOnce(t *testing.T) {
+	for range 100 {
+		synctest.Test(t, func(t *testing.T) {
+			s := NewSystemd(nil)
+			var told int
+			ended := make(chan error, 1)
+			go func() { ended <- s.Watch(t.Context(), []string{"kubelet.service"}, func() { told++ }) }()
+			synctest.Wait()
+			s.receiving(true)
+			s.receiving(false)
+			synctest.Wait()
+			select {
+			case <-ended:
+				return
+			default:
+			}
+			if told != 0 {
+				t.Fatal("it watches although no signals come")
+			}
+			s.receiving(true)
+			defer s.receiving(false)
+			if synctest.Wait(); told != 1 {
+				t.Fatalf("told %d times that signals come", told)
+			}
+		})
+	}
+}
+
+// TestSignalsLostForgetsStates: who is told that signals were lost finds nothing
+// that was remembered while they came.
+func TestSignalsLostForgetsStates(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewSystemd(nil)
+		a := asker{files: "d1935t"}
+		s.receiving(true)
+		for range 2 {
+			if _, err := s.states.of(t.Context(), "kubelet.service", a.ask); err != nil || a.asked != 1 {
+				t.Fatalf("asked %d times, %v", a.asked, err)
+			}
+		}
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if err := s.Watch(t.Context(), []string{"kubelet.service"}, func() {}); err == nil {
+				t.Error("the loss is not told")
+			}
+			if _, err := s.states.of(t.Context(), "kubelet.service", a.ask); err != nil || a.asked != 2 {
+				t.Errorf("asked %d times, %v", a.asked, err)
+			}
+		})
+		synctest.Wait()
+		s.receiving(false)
+		wg.Wait()
 	})
 }
