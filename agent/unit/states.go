@@ -3,6 +3,7 @@ package unit
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -51,8 +52,14 @@ func (s *states) forget(names ...string) {
 	}
 }
 
-// of returns the state of a unit: what is remembered, or what ask returns, which
-// has a deadline of its own. Those who want it at the same time share one answer.
+// settled reports whether systemd tells of whatever will be different next. Between
+// fork and exec a process has not got its own environment yet, and of exec nobody
+// is told.
+func (s State) settled() bool { return !s.running() || s.Files != "" }
+
+// of returns the state of a unit: what is remembered, of those of whose changes
+// systemd tells us, or what ask returns, which has a deadline of its own. Those who
+// want it at the same time share one answer.
 func (s *states) of(ctx context.Context, name string, ask func(context.Context) (State, error)) (State, error) {
 	s.mu.Lock()
 	r, ok := s.known[name]
@@ -68,7 +75,7 @@ func (s *states) of(ctx context.Context, name string, ask func(context.Context) 
 		st, err := ask(context.WithoutCancel(ctx)) // others wait for it, too
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if err == nil && s.current && s.changes == changes {
+		if err == nil && s.current && s.changes == changes && st.settled() && slices.Contains(units, name) {
 			s.known[name] = remembered{st, time.Now()}
 		}
 		return st, err

@@ -62,6 +62,24 @@ func TestStates(t *testing.T) {
 	})
 }
 
+// TestStatesNobodyTellsOf: what may change without a signal is asked for each time.
+func TestStatesNobodyTellsOf(t *testing.T) {
+	for _, c := range []struct{ why, unit, files string }{
+		{"no signals of it are received", "kube-proxy.service", "d1935t"},
+		// Remembered for a second, it would look like a unit that runs with other files.
+		{"its process has yet to be executed", "kubelet.service", ""},
+	} {
+		var s states
+		s.told(true)
+		a := asker{files: c.files}
+		for n := range 2 {
+			if st, err := s.of(t.Context(), c.unit, a.ask); err != nil || st.ExitStatus != n+1 {
+				t.Errorf("%s: answer %d, %v; want %d", c.why, st.ExitStatus, err, n+1)
+			}
+		}
+	}
+}
+
 // TestStateAskedForBeforeAChange: an answer that was under way when the unit
 // changed answers who asked before, and nobody after.
 func TestStateAskedForBeforeAChange(t *testing.T) {
