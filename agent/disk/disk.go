@@ -4,7 +4,7 @@
 //
 // It never formats a disk on which it finds anything, nor one of which any read
 // failed. A disk of up to 1 GiB is read in full. Of a larger one both ends, every
-// place at which a known format keeps a superblock, and a block in each of 4096
+// place at which a known format keeps a superblock, and a block in each of 1024
 // strata are read: data that lies in few places and begins at neither end can
 // be missed. What the cloud says of the disk's age, and full reads of large disks
 // beside everything else, are to close that gap. The package does not partition, resize, check or unmount, and it leaves the

@@ -321,11 +321,11 @@ func (o observed) at(target string) (mount, bool) {
 	return mount{}, false
 }
 
-// listed returns the ids of the data disks that the metadata service knows, but for
-// the one that the system is on.
+// listed returns the ids of the CBS data disks that the metadata service knows, but
+// for the one that the system is on. Some instance types have disks that are none.
 func (o observed) listed() (ids []string) {
 	for _, id := range o.Listed {
-		if !slices.ContainsFunc(o.Devices, func(d device) bool { return d.Serial == id && o.holdsRoot(d) }) {
+		if diskID.MatchString(id) && !slices.ContainsFunc(o.Devices, func(d device) bool { return d.Serial == id && o.holdsRoot(d) }) {
 			ids = append(ids, id)
 		}
 	}
