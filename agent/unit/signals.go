@@ -124,20 +124,31 @@ func (s *Systemd) Watch(ctx context.Context, names []string, changed func()) err
 
 // Run receives systemd's signals until ctx ends; a connection that is lost is made
 // anew.
-func (s *Systemd) Run(ctx context.Context) {
-	for ctx.Err() == nil {
-		if err := s.receive(ctx); err != nil && ctx.Err() == nil {
+func (s *Systemd) Run(ctx context.Context) { s.keep(ctx, s.receive) }
+
+// keep calls receive again and again, at once after signals have come for long.
+func (s *Systemd) keep(ctx context.Context, receive func(context.Context) error) {
+	for pause := signalsAgain; ctx.Err() == nil; pause = min(2*pause, signalsPause) {
+		began := time.Now()
+		if err := receive(ctx); err != nil && ctx.Err() == nil {
 			s.log.Warn("systemd's signals do not come", "err", err)
 		}
+		if time.Since(began) > signalsPause {
+			pause = signalsAgain
+		}
 		select {
-		case <-time.After(signalsAgain):
+		case <-time.After(pause):
 		case <-ctx.Done():
 		}
 	}
 }
 
-// signalsAgain is how long after a loss the connection is made anew.
-const signalsAgain = time.Second
+// After a loss the connection is made anew soon, and later if that is in vain: units
+// are looked at all the same, and a bus that is ill is told of in the journal.
+const (
+	signalsAgain = time.Second
+	signalsPause = 30 * time.Second
+)
 
 // receive passes signals on from one connection, as long as it lasts.
 func (s *Systemd) receive(ctx context.Context) error {

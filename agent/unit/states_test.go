@@ -3,6 +3,7 @@ package unit
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -217,5 +218,31 @@ func TestSignalsLostForgetsStates(t *testing.T) {
 		synctest.Wait()
 		s.receiving(false)
 		wg.Wait()
+	})
+}
+
+// TestSignalsDoNotCome: a bus that is ill for long is not asked, and told of, every
+// second; after signals have come for long they are asked for again soon.
+func TestSignalsDoNotCome(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, stop := context.WithTimeout(t.Context(), 10*time.Minute)
+		defer stop()
+		began, calls := time.Now(), 0
+		var lost time.Time
+		NewSystemd(slog.New(slog.DiscardHandler)).keep(ctx, func(ctx context.Context) error {
+			if calls++; !lost.IsZero() {
+				if again := time.Since(lost); again > 2*time.Second {
+					t.Errorf("asked for again %s after a loss", again)
+				}
+				stop()
+			} else if time.Since(began) > 5*time.Minute {
+				time.Sleep(time.Minute)
+				lost = time.Now()
+			}
+			return errors.New("refused")
+		})
+		if calls < 10 || calls > 20 || lost.IsZero() {
+			t.Errorf("asked %d times", calls)
+		}
 	})
 }
