@@ -90,7 +90,7 @@ type Network struct {
 	waiting   atomic.Int32  // ADDs that have found none
 	exhausted atomic.Pointer[node.Condition]
 
-	explaining sync.Mutex // held while one question is answered
+	explaining chan struct{} // capacity 1: full while one question is answered
 
 	queue     cni.Queue
 	sandboxes func(context.Context) (map[string]bool, error)
@@ -117,6 +117,8 @@ func New(o Options) *Network {
 		sealed: o.Sealed,
 		ledger: newLedger(o.Dir, o.Log),
 		demand: make(chan struct{}, 1),
+
+		explaining: make(chan struct{}, 1),
 
 		queue:     o.Queue,
 		sandboxes: o.Sandboxes,

@@ -173,8 +173,12 @@ func (n *Network) Explain(ctx context.Context, q Question) (Explanation, error) 
 	if q.Pod != "" && len(pods) == 0 {
 		return out, fmt.Errorf("pod %s has no VPC address: %w; tkenode pods lists those that have; a pod with host networking has the node's", q.Pod, ErrNotHere)
 	}
-	n.explaining.Lock() // one at a time: each looks through the kernel and asks the cloud
-	defer n.explaining.Unlock()
+	select { // one at a time: each looks through the kernel and asks the cloud
+	case n.explaining <- struct{}{}:
+		defer func() { <-n.explaining }()
+	case <-ctx.Done(): // nobody listens any more
+		return out, fmt.Errorf("wait for another question to be answered: %w", ctx.Err())
+	}
 	cloud := n.askCloud(ctx, sealed)
 	if cloud.err != nil {
 		out.CloudNotAsked = cloud.err.Error()
