@@ -83,7 +83,8 @@ func (q Queue) Put(d Deletion) error {
 
 // Drain calls f for every deletion, and forgets those that f has carried out.
 // What is no deletion of ours is reported; a file that cannot be read as one is
-// forgotten, too, since nothing will ever make it one.
+// forgotten, too, since nothing will ever make it one. One that cannot be read now
+// is kept.
 func (q Queue) Drain(f func(Deletion) error) error {
 	names, err := q.names()
 	if errors.Is(err, fs.ErrNotExist) {
@@ -98,6 +99,10 @@ func (q Queue) Drain(f func(Deletion) error) error {
 			continue
 		}
 		d, readErr := readDeletion(path)
+		if passing(readErr) {
+			err = errors.Join(err, fmt.Errorf("read queued DEL: %w", readErr))
+			continue
+		}
 		if readErr == nil {
 			if doErr := f(d); doErr != nil {
 				err = errors.Join(err, fmt.Errorf("queued DEL of %s: %w", d.ContainerID, doErr))
@@ -155,6 +160,13 @@ func readDeletion(path string) (d Deletion, err error) {
 		return d, errors.New("it is not named after what it holds")
 	}
 	return d, nil
+}
+
+// passing reports whether an error is of reading and not of what was read: a lack of
+// descriptors or memory, a disk that fails.
+func passing(err error) bool {
+	_, reading := errors.AsType[*fs.PathError](err)
+	return reading && !errors.Is(err, syscall.ELOOP) && !errors.Is(err, syscall.ENXIO) && !errors.Is(err, fs.ErrNotExist)
 }
 
 func syncDir(dir string) error {

@@ -3,9 +3,11 @@ package cni
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -131,6 +133,44 @@ func TestHostileQueue(t *testing.T) {
 	}
 	if _, err := drained(q, ""); err == nil || !strings.Contains(err.Error(), "not ours alone") {
 		t.Errorf("Drain where everybody may write: %v", err)
+	}
+}
+
+// TestQueueKeepsWhatCannotBeReadNow: only what will never be a deletion is forgotten.
+func TestQueueKeepsWhatCannotBeReadNow(t *testing.T) {
+	for err, want := range map[error]bool{
+		&fs.PathError{Op: "open", Err: syscall.EMFILE}:    true,
+		&fs.PathError{Op: "open", Err: syscall.ENOMEM}:    true,
+		&fs.PathError{Op: "read", Err: syscall.EIO}:       true,
+		&fs.PathError{Op: "open", Err: syscall.ELOOP}:     false, // a link
+		&fs.PathError{Op: "open", Err: syscall.ENXIO}:     false, // a socket
+		&fs.PathError{Op: "open", Err: syscall.ENOENT}:    false,
+		errors.New("it is not named after what it holds"): false,
+	} {
+		if got := passing(err); got != want {
+			t.Errorf("passing(%v) = %v", err, got)
+		}
+	}
+	if os.Geteuid() == 0 {
+		return // who may read everything
+	}
+	q := Queue(t.TempDir())
+	d := deletion("one")
+	if err := q.Put(d); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(string(q), d.file())
+	if err := os.Chmod(file, 0); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := drained(q, ""); len(all) != 0 || err == nil || !strings.Contains(err.Error(), "read queued DEL") {
+		t.Errorf("drained %v, %v", all, err)
+	}
+	if err := os.Chmod(file, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := drained(q, ""); len(all) != 1 || err != nil {
+		t.Errorf("drained %v, %v", all, err)
 	}
 }
 
