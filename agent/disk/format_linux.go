@@ -61,7 +61,9 @@ func (d *Disk) format(ctx context.Context, dev device, past entry) error {
 // prove returns a permit if dev is the right disk, used by nobody, and reads as
 // zero wherever inspect reads it. The disk is claimed exclusively while it is read.
 func (d *Disk) prove(ctx context.Context, dev device, past entry) (_ *permit, err error) {
-	disk, err := d.open(dev, unix.O_RDWR)
+	// Not for writing: udev announces a change of a disk that was open for that, which
+	// would wake us to prove a disk that is not blank again, without end.
+	disk, err := d.open(dev, unix.O_RDONLY)
 	if err != nil {
 		return nil, err
 	}

@@ -216,6 +216,31 @@ func TestKernelForeignIsLeftAlone(t *testing.T) {
 	}
 }
 
+// TestKernelProofWakesNobody: a disk on which the proof finds something is not open
+// for writing meanwhile: udev would announce a change of it, and wake us once more.
+func TestKernelProofWakesNobody(t *testing.T) {
+	b := newBench(t, node.Ext4, func(f string) { poke(t, f, 37<<20+5, 1) })
+	p, err := b.plan(t)
+	if err != nil || p.Empty() {
+		t.Fatalf("plan %q, %v", p, err)
+	}
+	fd, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	// What udev itself watches. Source: systemd src/udev/udev-watch.c
+	if _, err := unix.InotifyAddWatch(fd, "/dev/"+b.loop, unix.IN_CLOSE_WRITE); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Apply(t.Context(), p); node.ReasonOf(err, "") != "Foreign" {
+		t.Errorf("error %v", err)
+	}
+	if n, err := unix.Read(fd, make([]byte, 4096)); !errors.Is(err, unix.EAGAIN) {
+		t.Errorf("udev would announce a change: %d bytes, %v", n, err)
+	}
+}
+
 func poke(t *testing.T, file string, at int64, c byte) {
 	f, err := os.OpenFile(file, os.O_WRONLY, 0)
 	if err == nil {
