@@ -321,11 +321,18 @@ func (o observed) at(target string) (mount, bool) {
 	return mount{}, false
 }
 
-// listed returns the ids of the CBS data disks that the metadata service knows, but
-// for the one that the system is on. Some instance types have disks that are none.
+// listed returns the ids of the data disks that the metadata service knows, but for
+// the one that the system is on. Where that has not told its serial, they only say
+// something once all of them have appeared as other devices.
 func (o observed) listed() (ids []string) {
+	system := slices.IndexFunc(o.Devices, o.holdsRoot)
 	for _, id := range o.Listed {
-		if diskID.MatchString(id) && !slices.ContainsFunc(o.Devices, func(d device) bool { return d.Serial == id && o.holdsRoot(d) }) {
+		at := slices.IndexFunc(o.Devices, func(d device) bool { return d.Serial == id })
+		switch {
+		case !diskID.MatchString(id), at >= 0 && at == system:
+		case at < 0 && (system < 0 || o.Devices[system].Serial == ""):
+			return nil
+		default:
 			ids = append(ids, id)
 		}
 	}

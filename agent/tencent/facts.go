@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -50,9 +51,7 @@ func (m *Metadata) Facts(ctx context.Context) (node.Facts, error) {
 	if err := m.network(ctx, &f); err != nil {
 		return node.Facts{}, err
 	}
-	if f.DataDisks, err = m.volumes(ctx); err != nil {
-		return node.Facts{}, err
-	}
+	f.DataDisks = m.volumes(ctx)
 	if f.CAMRole, err = m.role(ctx); err != nil && !errors.Is(err, ErrNotFound) {
 		return node.Facts{}, err
 	}
@@ -84,17 +83,22 @@ func (m *Metadata) network(ctx context.Context, f *node.Facts) error {
 	return fmt.Errorf("metadata %s lists %q, and not the primary %s", dir, macs, f.MAC)
 }
 
-// volumes returns the ids of the CBS disks that are attached, none where the
-// service does not know of any.
-func (m *Metadata) volumes(ctx context.Context) ([]string, error) {
+// volumes returns the ids of the CBS disks that are attached, or none: they are a
+// help to tell one disk from others, and no reason not to join.
+func (m *Metadata) volumes(ctx context.Context) []string {
+	ctx, cancel := context.WithTimeout(ctx, metadataTimeout)
+	defer cancel()
 	ids, err := m.list(ctx, "volumes/")
-	if errors.Is(err, ErrNotFound) {
-		return nil, nil
+	if err != nil {
+		if !errors.Is(err, ErrNotFound) {
+			slog.WarnContext(ctx, "metadata service does not list the disks", "err", err)
+		}
+		return nil
 	}
 	for i := range ids {
 		ids[i] = strings.TrimSuffix(ids[i], "/")
 	}
-	return ids, err
+	return ids
 }
 
 // role returns the name of the instance's CAM role.

@@ -90,6 +90,10 @@ func TestFacts(t *testing.T) {
 	if got, err = s.client().Facts(t.Context()); err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("Facts without a role and a disk = %+v, %v", got, err)
 	}
+	s.answers["meta-data/volumes/"] = "<html>"
+	if got, err = s.client().Facts(t.Context()); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("Facts with garbage for disks = %+v, %v", got, err)
+	}
 }
 
 func TestFactsRefusesGarbage(t *testing.T) {
@@ -99,7 +103,6 @@ func TestFactsRefusesGarbage(t *testing.T) {
 		"meta-data/mac":                      "52:54:00",
 		"meta-data/local-ipv4":               "10.0.0.300",
 		"meta-data/network/interfaces/macs/": "52:54:00:AA:BB:02/",
-		"meta-data/volumes/":                 "<html>\n",
 		"meta-data/placement/region":         strings.Repeat("a", maxMetadataBytes+1),
 	} {
 		s := &service{answers: healthy()}
