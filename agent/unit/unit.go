@@ -170,7 +170,8 @@ func (u *Unit) observe(ctx context.Context) (observed, error) {
 		}
 		have.After = dep.Active
 	}
-	if u.seed != nil {
+	// While containerd runs, its root may be on a disk that hangs, and is containerd's.
+	if u.seed != nil && !have.Unit.running() {
 		if have.Root, err = u.seed.observe(); err != nil {
 			return have, err
 		}
