@@ -28,24 +28,26 @@ const (
 	readers = 16
 )
 
-// inspect reads a disk of size bytes: all of a small one, and of a large one what
-// glance reads and a sample. r is read by several at once.
+// inspect reads a disk of size bytes: all of a small one, and of a large one its
+// ends, the places of superblocks and a sample. r is read by several at once.
 func inspect(r io.ReaderAt, size int64) content {
 	c := glance(r, size)
-	switch {
-	case !c.Blank:
+	if !c.Blank {
 		return c
-	case size > whole:
-		return sample(r, size)
 	}
-	if c = scan(r, []span{{0, size}}); c.Blank {
-		c.Whole = true
+	if size <= whole {
+		c = scan(r, []span{{0, size}})
+		c.Whole = c.Blank
+		return c
 	}
-	return c
+	if c = scan(r, windows(size)); !c.Blank {
+		return c
+	}
+	return sample(r, size)
 }
 
-// glance reads both ends of a disk and the places of superblocks. r has to fail
-// rather than invent: any error, and any read that is short, makes the disk
+// glance reads what a disk is recognised by: its first and its last blocks. r has
+// to fail rather than invent: any error, and any read that is short, makes the disk
 // unreadable.
 func glance(r io.ReaderAt, size int64) content {
 	head := aligned(int(min(size, front)))
@@ -68,7 +70,7 @@ func glance(r io.ReaderAt, size int64) content {
 	if i := nonZero(tail); i >= 0 {
 		return content{Evidence: evidence(tail, i, tailAt)}
 	}
-	return scan(r, windows(size))
+	return content{Blank: true}
 }
 
 // scan reads spans of a disk, up to the first that is not blank.

@@ -63,7 +63,7 @@ type content struct {
 	// Busy says that another program holds the disk's lock.
 	Busy bool `json:"busy,omitempty"`
 	// Blank says that all that was read is zero, Whole that it is all there is. A plan
-	// rests on a glance; who formats reads more.
+	// rests on a glance; who formats has the disk inspected.
 	Blank bool `json:"blank,omitempty"`
 	Whole bool `json:"whole,omitempty"`
 	// Signatures names everything recognised; UUID and Label are those of the
@@ -106,9 +106,9 @@ func (c content) proof() string {
 // pending says what has yet to be read before a disk that looks blank is formatted.
 func pending(size int64) string {
 	if size <= whole {
-		return "if all of it is"
+		return "all of it is"
 	}
-	return fmt.Sprintf("if %d blocks all over it are", strata)
+	return fmt.Sprintf("both ends, the places of superblocks and %d blocks all over it are", strata)
 }
 
 type verb string
@@ -285,7 +285,7 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 		return nil, node.Terminal("Lost", fmt.Sprintf("if its data may be lost, remove %s.json from tkenode's disk ledger", dev.Serial),
 			fmt.Errorf("%s reads as blank, but was formatted on %s (uuid %s)", dev, past.At.Format("2006-01-02 15:04:05Z"), past.UUID))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
-		return []step{{format, fmt.Sprintf("format %s with %s %s zero, as both ends and the places of superblocks are", dev, fs, pending(dev.SizeBytes))}, mount}, nil
+		return []step{{format, fmt.Sprintf("format %s with %s once %s read as zero", dev, fs, pending(dev.SizeBytes))}, mount}, nil
 	case one && c.UUID != "" && (c.UUID == past.UUID || c.Label == label(dev.Serial)):
 		if c.Signatures[0] != fs {
 			return nil, node.Terminal("WrongFileSystem", fmt.Sprintf("set fileSystem: %s in the NodeConfig", c.Signatures[0]),
