@@ -403,6 +403,13 @@ func addrOf(ip net.IP) netip.Addr {
 	return a.Unmap()
 }
 
+// gone reports whether a step failed for lack of something that was there when it
+// was planned: a link, one that is up, our nftables table, a pod's network namespace.
+func gone(err error) bool {
+	return errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENETDOWN) || errors.Is(err, unix.ENOENT) ||
+		errors.As(err, new(netlink.LinkNotFoundError))
+}
+
 // ignore turns the one error that means "already so" into success.
 func ignore(err error, already unix.Errno) error {
 	if errors.Is(err, already) {

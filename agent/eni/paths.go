@@ -77,7 +77,7 @@ func (p *Paths) Watch(ctx context.Context, wake func()) error {
 
 // Plan compares what is wanted with what is in the kernel.
 func (p *Paths) Plan(ctx context.Context) (node.Plan, error) {
-	plan := node.Plan{Again: time.Minute}
+	plan := node.Plan{Again: time.Minute, Urgent: true}
 	sealed, s, err := p.network.current()
 	if err != nil {
 		return plan, err
@@ -228,7 +228,9 @@ func (p *Paths) settle(s state, sc scene, converged bool) error {
 func (p *Paths) Apply(ctx context.Context, plan node.Plan) error { return plan.Apply(ctx) }
 
 // do carries one step out, if it is still what is wanted: the ledger may have
-// moved on, which has woken the module.
+// moved on, which has woken the module. The kernel may have, too: a plan that was
+// made while a link went down sees the link up, and the routes that went with it
+// gone.
 func (p *Paths) do(st step) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -244,11 +246,14 @@ func (p *Paths) do(st step) error {
 	attr, ok := wanted[st.object.key()]
 	switch {
 	case st.drop && !ok:
-		return st.object.(removable).drop(k)
+		err = st.object.(removable).drop(k)
 	case !st.drop && ok && attr == st.object.attr():
-		return st.object.put(k)
+		err = st.object.put(k)
 	}
-	return nil
+	if gone(err) {
+		return fmt.Errorf("%w: %w", node.ErrOutdated, err)
+	}
+	return err
 }
 
 // wantedNow returns what is wanted, by key, as of the ledger now and the kernel's

@@ -19,6 +19,11 @@ func (c Class) String() string {
 	return [...]string{"transient", "waiting", "terminal"}[c]
 }
 
+// ErrOutdated is wrapped by what a change returns when what it was planned on is
+// no longer so. It says nothing about whether the next plan can be carried out, so
+// it is no reason to back off.
+var ErrOutdated = errors.New("the plan is outdated")
+
 // Error is an error with a class, a stable reason for machines, and advice.
 type Error struct {
 	Class  Class

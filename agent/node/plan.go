@@ -29,6 +29,10 @@ type Plan struct {
 	// Serving says that the condition holds although there are changes: they are
 	// for what may come, as one more spare address is.
 	Serving bool
+	// Urgent says that what is not as it is wanted hurts at once, and that a try
+	// costs little: changes that do not last are made again soon, as those are that
+	// somebody undoes while they are made.
+	Urgent bool
 }
 
 // Add appends a change.

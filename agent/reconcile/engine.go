@@ -37,7 +37,8 @@ type Module interface {
 	// Plan observes, compares with what is wanted and mutates nothing.
 	// Plan.Again is honoured also beside an error.
 	Plan(ctx context.Context) (node.Plan, error)
-	// Apply carries p out, idempotently; it may be cut off after any step.
+	// Apply carries p out, idempotently; it may be cut off after any step. With
+	// node.ErrOutdated it is planned anew at once, unless the same plan was outdated.
 	Apply(ctx context.Context, p node.Plan) error
 }
 
@@ -54,6 +55,8 @@ const (
 	maxRounds     = 8                      // of applying what is new before an instance counts as not converging
 	backoffMin    = 500 * time.Millisecond
 	backoffMax    = time.Minute
+	urgentMin     = 50 * time.Millisecond // instead, where an urgent plan does not converge
+	urgentMax     = time.Second
 	terminalRetry = 5 * time.Minute // a look whether the human has acted
 )
 

@@ -3,6 +3,7 @@ package reconcile
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strconv"
 	"strings"
@@ -29,6 +30,7 @@ type thing struct {
 	planErr error
 	again   time.Duration
 	serving bool
+	urgent  bool
 	onPlan  func(context.Context)
 	onApply func(context.Context) error
 	watch   func(context.Context, func()) error
@@ -53,7 +55,7 @@ func (m *thing) Plan(ctx context.Context) (node.Plan, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.plans = append(m.plans, time.Now())
-	p := node.Plan{Again: m.again, Serving: m.serving}
+	p := node.Plan{Again: m.again, Serving: m.serving, Urgent: m.urgent}
 	if m.planErr != nil {
 		return p, m.planErr
 	}
@@ -166,6 +168,37 @@ func TestLaw1NotConvergingShowsBothPlans(t *testing.T) {
 		settle(2 * time.Minute)
 		if st := state(t, e, "a"); st.State != Converged {
 			t.Errorf("state %s once the cause is gone", st.State)
+		}
+	})
+}
+
+// TestLaw1UrgentIsTriedAgainSoon: what was undone once is repaired at once; what
+// never lasts is tried about every second.
+func TestLaw1UrgentIsTriedAgainSoon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &thing{name: "a", cond: node.NetworkReady, sticky: true, urgent: true}
+		e, _, stop := run(t, m)
+		defer stop()
+		settle(10 * time.Millisecond)
+		if st := state(t, e, "a"); st.State != NotConverging {
+			t.Fatalf("state %s", st.State)
+		}
+		settle(time.Minute)
+		if m.applies < 60 || m.applies > 130 { // the pauses are of half a second to a second
+			t.Errorf("applied %d times in a minute", m.applies)
+		}
+		m.set(func() { m.sticky = false })
+		settle(urgentMax)
+		if st := state(t, e, "a"); st.State != Converged {
+			t.Errorf("state %s once the cause is gone", st.State)
+		}
+		m.set(func() { m.done, m.sticky = false, true })
+		e.Wake("a")
+		settle(gap)
+		m.set(func() { m.sticky = false })
+		settle(urgentMin)
+		if st := state(t, e, "a"); st.State != Converged {
+			t.Errorf("state %s after it was undone once", st.State)
 		}
 	})
 }
@@ -420,6 +453,41 @@ func TestLaw5Alive(t *testing.T) {
 			t.Errorf("loops that have ended: %v", err)
 		}
 	})
+}
+
+// TestLaw6OutdatedIsPlannedAnew: a plan that the world has overtaken costs no
+// back-off; one that is never in time does.
+func TestLaw6OutdatedIsPlannedAnew(t *testing.T) {
+	for _, c := range []struct {
+		names, outdated int // different plans, and applies that are too late
+		want            State
+		applies         int
+	}{{2, 1, Converged, 2}, {5, 4, Converged, 5}, {1, 1, Converged, 2}, {1, 2, Failed, 2}, {100, 100, NotConverging, maxRounds}} {
+		synctest.Test(t, func(t *testing.T) {
+			m := &thing{name: "0", cond: node.NetworkReady, sticky: true}
+			plans := 0
+			m.onPlan = func(context.Context) {
+				m.set(func() { m.name, m.done = strconv.Itoa(plans%c.names), m.applies > c.outdated })
+				plans++
+			}
+			m.onApply = func(context.Context) error {
+				if m.applies <= c.outdated {
+					return fmt.Errorf("add route: %w: network is down", node.ErrOutdated)
+				}
+				return nil
+			}
+			e, _, stop := run(t, m)
+			defer stop()
+			settle(10 * time.Millisecond)
+			if st := e.Status()[0]; st.State != c.want || m.applies != c.applies {
+				t.Errorf("%+v: state %s after %d applies: %s", c, st.State, m.applies, st.Message)
+			}
+			settle(10 * time.Minute)
+			if c.want == Failed && e.Status()[0].State != Converged || m.applies > 200 {
+				t.Errorf("%+v: state %s after %d applies in 10 minutes", c, e.Status()[0].State, m.applies)
+			}
+		})
+	}
 }
 
 func TestLaw6Classes(t *testing.T) {

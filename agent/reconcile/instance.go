@@ -2,6 +2,7 @@ package reconcile
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -128,6 +129,7 @@ func (in *instance) step(ctx context.Context) (floor, ceiling time.Duration) {
 	default:
 	}
 	var applied node.Plan // all that this step has applied
+	outdated := ""        // the last plan of this step that the world has overtaken
 	for round := 0; ; round++ {
 		began := time.Now()
 		plan, err := in.plan(ctx)
@@ -153,6 +155,11 @@ func (in *instance) step(ctx context.Context) (floor, ceiling time.Duration) {
 		})
 		if ctx.Err() != nil {
 			return 0, 0
+		}
+		if errors.Is(err, node.ErrOutdated) && plan.String() != outdated {
+			outdated = plan.String()
+			in.log.Info("outdated, planning anew", "err", err)
+			continue
 		}
 		if err != nil {
 			return in.failed(err, plan.Again)
@@ -257,6 +264,9 @@ func (in *instance) failed(err error, again time.Duration) (floor, ceiling time.
 
 func (in *instance) notConverging(applied, left node.Plan) (floor, ceiling time.Duration) {
 	delay := backoff(in.failures)
+	if left.Urgent {
+		delay = jittered(in.failures, urgentMin, urgentMax)
+	}
 	in.failures++
 	in.set(InstanceStatus{
 		State: NotConverging, Reason: "NotConverging",
@@ -369,10 +379,12 @@ func prefixed(prefix string, p node.Plan) []string {
 
 // backoff returns the delay after n earlier failures: doubling, capped, and with
 // a jitter of half of it, so that a fleet does not retry at once.
-func backoff(n int) time.Duration {
-	d := backoffMax
-	if n < 7 { // 500ms << 7 exceeds the cap
-		d = min(backoffMin<<n, backoffMax)
+func backoff(n int) time.Duration { return jittered(n, backoffMin, backoffMax) }
+
+func jittered(n int, least, most time.Duration) time.Duration {
+	d := most
+	if n < 7 { // least << 7 exceeds the cap
+		d = min(least<<n, most)
 	}
 	return d/2 + rand.N(d/2)
 }
