@@ -126,7 +126,7 @@ func TestRunbookHasASectionPerCondition(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range append(node.ConditionTypes[:], node.PoolExhausted) {
+	for _, c := range append(node.ConditionTypes[:], node.PoolExhausted, node.RepairsUndone) {
 		if !strings.Contains(string(text), "\n## "+string(c)+"\n") {
 			t.Errorf("RUNBOOK.md has no section ## %s", c)
 		}

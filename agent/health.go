@@ -56,12 +56,17 @@ func (a *Agent) source(collector *metrics.Collector) api.Source {
 		Sealed: a.currentSealed,
 		Boot:   func() api.Boot { return a.ledger.boot(node.ReportFile) },
 		Warnings: func() []node.Condition {
-			if n := a.network.Load(); n != nil {
-				if c := n.Exhausted(); c != nil {
-					return []node.Condition{*c}
+			n := a.network.Load()
+			if n == nil {
+				return nil
+			}
+			var warnings []node.Condition
+			for _, c := range []*node.Condition{n.Exhausted(), n.Undone()} {
+				if c != nil {
+					warnings = append(warnings, *c)
 				}
 			}
-			return nil
+			return warnings
 		},
 		ENI: func() (eni.State, error) {
 			if n := a.network.Load(); n != nil {

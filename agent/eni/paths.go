@@ -42,6 +42,8 @@ type Paths struct {
 	reaping sync.Mutex // guards reaper
 	reaper  *kernel
 
+	fights fights
+
 	moves atomic.Int64 // odd while a pod is being wired; changes with every one
 }
 
@@ -69,7 +71,7 @@ func (p *Paths) Watch(ctx context.Context, wake func()) error {
 			}
 		}
 	})
-	err := watchKernel(ctx, wake)
+	err := watchKernel(ctx, &p.fights, wake)
 	cancel()
 	ledger.Wait()
 	return err
@@ -108,11 +110,29 @@ func (p *Paths) Plan(ctx context.Context) (node.Plan, error) {
 		plan.Again = min(plan.Again, next.Sub(now))
 	}
 	waiting := p.settle(s, sc, len(steps) == 0)
-	plan.Serving = len(steps) == 0 && waiting == nil // whatever is to be forgotten
+	if p.fighting(now) {
+		plan.Rest = fightRest
+	}
+	// Whatever is to be forgotten. In a fight the condition would come and go with
+	// every repair; the warning says it instead.
+	plan.Serving = (len(steps) == 0 || plan.Rest > 0) && waiting == nil
 	if !plan.Empty() {
 		return plan, nil
 	}
 	return plan, waiting
+}
+
+// fighting reports whether something keeps undoing what the paths make, and logs
+// when that begins and when it ends.
+func (p *Paths) fighting(now time.Time) bool {
+	c, changed := p.fights.news(now)
+	switch {
+	case changed && c != nil:
+		p.network.log.Warn(string(c.Type), "module", p.Name(), "message", c.Message)
+	case changed:
+		p.network.log.Info(string(node.RepairsUndone)+" is over", "module", p.Name())
+	}
+	return c != nil
 }
 
 // observe returns what is to be done. While a pod is being wired the kernel is
@@ -153,6 +173,7 @@ func (p *Paths) compare(pol policy) ([]step, scene, error) {
 	sc.policy = pol
 	sc.files = p.files()
 	want := desired(s, sc)
+	p.fights.want(want)
 	have, err := p.eyes.observe(want, links)
 	if err != nil {
 		return nil, sc, err
@@ -249,9 +270,14 @@ func (p *Paths) do(st step) error {
 		err = st.object.(removable).drop(k)
 	case !st.drop && ok && attr == st.object.attr():
 		err = st.object.put(k)
+	default:
+		return nil
 	}
-	if gone(err) {
+	switch {
+	case gone(err):
 		return fmt.Errorf("%w: %w", node.ErrOutdated, err)
+	case err == nil:
+		p.fights.repaired(st.object, st.drop, time.Now())
 	}
 	return err
 }

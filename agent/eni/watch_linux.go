@@ -10,8 +10,9 @@ import (
 )
 
 // watchKernel calls wake whenever links, addresses, routes, rules, their sysctls
-// or nftables change. It returns when ctx ends or when messages were lost.
-func watchKernel(ctx context.Context, wake func()) error {
+// or nftables change, after it has told fights who did it. It returns when ctx ends
+// or when messages were lost.
+func watchKernel(ctx context.Context, fights *fights, wake func()) error {
 	group := func(n int) uint32 { return 1 << (n - 1) }
 	families := map[int]uint32{
 		unix.NETLINK_ROUTE: group(unix.RTNLGRP_LINK) | group(unix.RTNLGRP_IPV4_IFADDR) | group(unix.RTNLGRP_IPV4_ROUTE) |
@@ -31,10 +32,19 @@ func watchKernel(ctx context.Context, wake func()) error {
 		conns = append(conns, conn)
 		running++
 		go func() {
+			h := heard{fights: fights}
 			for {
-				if _, err := conn.Receive(); err != nil {
+				messages, err := conn.Receive()
+				if err != nil {
 					ended <- fmt.Errorf("watch netlink family %d: %w", family, err)
 					return
+				}
+				for _, m := range messages {
+					if family == unix.NETLINK_ROUTE {
+						h.route(m)
+					} else {
+						h.nftables(m)
+					}
 				}
 				wake()
 			}

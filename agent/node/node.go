@@ -27,6 +27,9 @@ const (
 // the same, so it is not among ConditionTypes.
 const PoolExhausted ConditionType = "PoolExhausted"
 
+// RepairsUndone warns: something keeps undoing what the agent makes in the kernel.
+const RepairsUndone ConditionType = "RepairsUndone"
+
 // ConditionTypes lists every condition in launch order; the first one that is
 // not True is the one to look at.
 var ConditionTypes = [...]ConditionType{

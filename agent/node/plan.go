@@ -33,6 +33,9 @@ type Plan struct {
 	// costs little: changes that do not last are made again soon, as those are that
 	// somebody undoes while they are made.
 	Urgent bool
+	// Rest is how long to rest at least before the next plan. One that is not zero
+	// also says that changes come again and again, so they are logged as debug.
+	Rest time.Duration
 }
 
 // Add appends a change.

@@ -88,6 +88,7 @@ type InstanceStatus struct {
 	NextTry   time.Time          `json:"nextTry,omitzero"`  // zero: when woken
 
 	serving bool // the condition holds beside the changes
+	quiet   bool // it comes again and again, so it is logged as debug
 }
 
 // InstancePlan is what one instance would change now.

@@ -31,6 +31,7 @@ type thing struct {
 	again   time.Duration
 	serving bool
 	urgent  bool
+	rest    time.Duration
 	onPlan  func(context.Context)
 	onApply func(context.Context) error
 	watch   func(context.Context, func()) error
@@ -55,7 +56,7 @@ func (m *thing) Plan(ctx context.Context) (node.Plan, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.plans = append(m.plans, time.Now())
-	p := node.Plan{Again: m.again, Serving: m.serving, Urgent: m.urgent}
+	p := node.Plan{Again: m.again, Serving: m.serving, Urgent: m.urgent, Rest: m.rest}
 	if m.planErr != nil {
 		return p, m.planErr
 	}
@@ -199,6 +200,30 @@ func TestLaw1UrgentIsTriedAgainSoon(t *testing.T) {
 		settle(urgentMin)
 		if st := state(t, e, "a"); st.State != Converged {
 			t.Errorf("state %s after it was undone once", st.State)
+		}
+	})
+}
+
+// TestRest: what is undone at once each time is repaired no more often than its
+// plan says, and without a line in the log each time.
+func TestRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &thing{name: "a", cond: node.NetworkReady, rest: 100 * time.Millisecond}
+		var log strings.Builder
+		e := New(slog.New(slog.NewTextHandler(&log, nil)), NewBoard(), m)
+		m.onPlan = func(context.Context) { m.set(func() { m.done = m.applies > len(m.plans)/2 }) }
+		m.watch = func(ctx context.Context, wake func()) error {
+			for ctx.Err() == nil {
+				wake()
+				time.Sleep(time.Millisecond)
+			}
+			return ctx.Err()
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		e.Run(ctx)
+		if m.applies < 95 || m.applies > 101 || strings.Contains(log.String(), "level=INFO") {
+			t.Errorf("applied %d times in 10 s, log:\n%.1000s", m.applies, &log)
 		}
 	})
 }

@@ -143,12 +143,12 @@ func (in *instance) step(ctx context.Context) (floor, ceiling time.Duration) {
 			return in.failed(err, plan.Again)
 		case plan.Empty():
 			in.failures, in.waits = 0, 0
-			in.set(InstanceStatus{State: Converged, Reason: "Converged", NextTry: after(plan.Again)})
-			return pause, plan.Again
+			in.set(InstanceStatus{State: Converged, Reason: "Converged", NextTry: after(plan.Again), quiet: plan.Rest > 0})
+			return max(pause, plan.Rest), plan.Again
 		case round == maxRounds || repeats(applied, plan):
 			return in.notConverging(applied, plan)
 		}
-		in.set(InstanceStatus{State: Applying, Reason: "Applying", Message: plan.Changes[0].Text, Changes: texts(plan), serving: plan.Serving})
+		in.set(InstanceStatus{State: Applying, Reason: "Applying", Message: plan.Changes[0].Text, Changes: texts(plan), serving: plan.Serving, quiet: plan.Rest > 0})
 		started := time.Now()
 		err = in.bounded(ctx, "apply", applyDeadline, func(ctx context.Context) error {
 			return in.Apply(ctx, plan)
@@ -164,10 +164,14 @@ func (in *instance) step(ctx context.Context) (floor, ceiling time.Duration) {
 		if err != nil {
 			return in.failed(err, plan.Again)
 		}
-		for _, c := range plan.Changes {
-			in.log.Info("changed", "change", c.Text)
+		level := slog.LevelInfo
+		if plan.Rest > 0 {
+			level = slog.LevelDebug
 		}
-		in.log.Info("applied", "changes", len(plan.Changes), "took", time.Since(started).Round(time.Millisecond))
+		for _, c := range plan.Changes {
+			in.log.Log(ctx, level, "changed", "change", c.Text)
+		}
+		in.log.Log(ctx, level, "applied", "changes", len(plan.Changes), "took", time.Since(started).Round(time.Millisecond))
 		applied.Changes = append(applied.Changes, plan.Changes...)
 	}
 }
@@ -267,12 +271,14 @@ func (in *instance) notConverging(applied, left node.Plan) (floor, ceiling time.
 	if left.Urgent {
 		delay = jittered(in.failures, urgentMin, urgentMax)
 	}
+	delay = max(delay, left.Rest)
 	in.failures++
 	in.set(InstanceStatus{
 		State: NotConverging, Reason: "NotConverging",
 		Message: fmt.Sprintf("%d changes are left although the plan was applied without an error: something undoes them, or this is a bug", len(left.Changes)),
 		Changes: append(prefixed("applied: ", applied), prefixed("left: ", left)...),
 		NextTry: after(delay),
+		quiet:   left.Rest > 0,
 	})
 	return delay, delay
 }
@@ -345,6 +351,9 @@ func (in *instance) set(st InstanceStatus) {
 		level := slog.LevelInfo
 		if st.State == Failed || st.State == Stuck || st.State == NotConverging {
 			level = slog.LevelError
+		}
+		if st.quiet {
+			level = slog.LevelDebug
 		}
 		in.log.Log(context.Background(), level, string(st.State), "reason", st.Reason, "message", st.Message)
 	}

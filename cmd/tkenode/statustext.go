@@ -64,7 +64,11 @@ func renderStatus(t *terminal, st api.Status) {
 	}
 	for _, c := range st.Warnings {
 		t.block("  ", fmt.Sprintf("%s since %s (%s): %s", c.Type, clock(c.Since, st.Now), span(st.Now.Sub(c.Since)), c.Message))
-		t.printf("  look: %s\n\n", t.paint(bold, "tkenode eni"))
+		look := "tkenode eni"
+		if c.Type == node.RepairsUndone {
+			look = "journalctl -u tkenode-agent -g RepairsUndone"
+		}
+		t.printf("  look: %s\n\n", t.paint(bold, look))
 	}
 	renderConditions(t, st)
 	renderInstances(t, st)

@@ -86,6 +86,10 @@ func TestStatusText(t *testing.T) {
 	exhausted.Warnings = []node.Condition{{Type: node.PoolExhausted, Status: node.True, Since: ago(2 * time.Minute),
 		Message: "no free VPC address: 8 of 8 addresses in use; SubnetFull: subnet-pods0001 has no address left"}}
 
+	undone := launch(7, converged)
+	undone.Warnings = []node.Condition{{Type: node.RepairsUndone, Status: node.True, Since: ago(2 * time.Minute),
+		Message: "rule 512 from all lookup 4000 had to be made 17 times since 2026-01-02T03:02:05Z, undone by systemd-network (pid 812)"}}
+
 	hostile := launch(1, reconcile.InstanceStatus{
 		Name: "disk/x", Condition: node.DisksReady, State: reconcile.Failed, Class: "transient", NextTry: now.Add(7 * time.Second),
 		Message: "label \x1b[2J\x1b]0;owned\x07 \u202etxt\nsecond line", Since: ago(time.Second),
@@ -98,6 +102,7 @@ func TestStatusText(t *testing.T) {
 		"unsealed":     unsealed,
 		"lost-a-disk":  lost,
 		"exhausted":    exhausted,
+		"undone":       undone,
 		"hostile":      hostile,
 		"node-unready": launch(6, converged),
 	} {
