@@ -125,7 +125,8 @@ func New(o Options) *Network {
 		lost:      lost{},
 	}
 	n.pool = newPool(n, o.Cloud)
-	n.paths = &Paths{network: n, conflist: o.Conflist, configured: o.ConfiguredFile, plugins: o.Plugins, ready: map[int]int{}}
+	n.paths = &Paths{network: n, conflist: o.Conflist, configured: o.ConfiguredFile, plugins: o.Plugins}
+	n.paths.ready.Store(&map[int]int{})
 	n.ledger.witness = n.witness
 	return n
 }

@@ -28,6 +28,7 @@ type podKernel struct {
 	path string
 	ns   *os.File
 	nl   *netlink.Handle
+	link netlink.Link // the pod's end, once it was asked for
 }
 
 // netlinkTimeout bounds one answer of the kernel.
@@ -355,13 +356,15 @@ func (o sysctl) put(*kernel) error {
 	return err
 }
 
-func (o link) put(k *kernel) error { return putLink(k.nl, o.dev, o.mac, o.mtu) }
-
-func putLink(nl *netlink.Handle, dev, mac string, mtu int) error {
-	l, err := nl.LinkByName(dev)
+func (o link) put(k *kernel) error {
+	l, err := k.nl.LinkByName(o.dev)
 	if err != nil {
 		return err
 	}
+	return putLink(k.nl, l, o.mac, o.mtu)
+}
+
+func putLink(nl *netlink.Handle, l netlink.Link, mac string, mtu int) error {
 	if mac != "" && l.Attrs().HardwareAddr.String() != mac {
 		hw, err := net.ParseMAC(mac)
 		if err != nil {

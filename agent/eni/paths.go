@@ -27,16 +27,20 @@ type Paths struct {
 	configured string
 	plugins    string // the directory of CNI plugins
 
-	observing sync.Mutex // guards eyes: one plan at a time
+	observing sync.Mutex // guards the two below: one plan at a time
 	eyes      *kernel
+	seen      int64 // moves, as of the last plan
 
 	mu    sync.Mutex // guards what changes the kernel, and everything below
 	hands *kernel
-	scene scene       // as of the last plan
-	ready map[int]int // slots that pods can be given, and the MTU of their ENI
+	scene scene // as of the last plan
 	// wanted is what is wanted as of version wantedAt of the ledger, and scene.
 	wanted   map[string]string
 	wantedAt int
+
+	// ready are the slots that pods can be given, and the MTU of their ENI. An ADD
+	// asks for them without waiting for those that are being wired.
+	ready atomic.Pointer[map[int]int]
 
 	dying   sync.Map   // names of veths that reap removes
 	reaping sync.Mutex // guards reaper
@@ -143,7 +147,9 @@ func (p *Paths) observe(ctx context.Context, pol policy) ([]step, scene, error) 
 	if err := p.open(&p.eyes); err != nil {
 		return nil, scene{}, err
 	}
+	latest := time.Now().Add(lullLimit)
 	for try := 0; ; try++ {
+		p.lull(ctx, latest)
 		if try == 3 {
 			p.mu.Lock()
 			defer p.mu.Unlock()
@@ -154,7 +160,31 @@ func (p *Paths) observe(ctx context.Context, pol policy) ([]step, scene, error) 
 			return nil, sc, errors.Join(err, ctx.Err())
 		}
 		if try == 3 || before%2 == 0 && p.moves.Load() == before {
+			p.seen = before
 			return steps, sc, nil
+		}
+	}
+}
+
+// Pods come many at once. A plan that is made meanwhile takes the processors from
+// them, is made in vain, and at last keeps them out.
+const (
+	lullTime  = 20 * time.Millisecond  // without a move: the pods that came together are there
+	lullLimit = 200 * time.Millisecond // but not longer: what was broken is repaired within 1 s
+)
+
+// lull waits until no pod has been wired for a moment, if one has since the last
+// plan. The caller holds observing.
+func (p *Paths) lull(ctx context.Context, latest time.Time) {
+	for before := p.seen; ; {
+		now := p.moves.Load()
+		if now == before && now%2 == 0 || ctx.Err() != nil || !time.Now().Before(latest) {
+			return
+		}
+		before = now
+		select {
+		case <-ctx.Done():
+		case <-time.After(lullTime):
 		}
 	}
 }
@@ -220,26 +250,28 @@ func (p *Paths) settle(s state, sc scene, converged bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.scene, p.wantedAt = sc, 0
-	before := maps.Clone(p.ready)
+	before := p.readySlots()
+	ready := maps.Clone(before)
 	var waiting error
 	for _, slot := range s.slots() {
 		dev, there := sc.devices[slot.MAC]
 		switch {
 		case !slot.taken(): // the next ENI in it has to be configured first
-			delete(p.ready, slot.Number)
+			delete(ready, slot.Number)
 		case !there:
-			delete(p.ready, slot.Number)
+			delete(ready, slot.Number)
 			waiting = node.Waiting("LinkMissing", "no link has the MAC %s of %s yet", slot.MAC, slot.ENI)
 		case converged:
-			p.ready[slot.Number] = dev.mtu
+			ready[slot.Number] = dev.mtu
 		}
 	}
-	if !maps.Equal(before, p.ready) {
-		p.network.log.Info("slots ready", "module", p.Name(), "mtu by slot", p.ready)
+	if !maps.Equal(before, ready) {
+		p.ready.Store(&ready)
+		p.network.log.Info("slots ready", "module", p.Name(), "mtu by slot", ready)
 		p.network.ledger.poke()
 	}
-	p.network.exhausted.Store(s.exhausted(p.ready, time.Now()))
-	if waiting == nil && len(p.ready) == 0 {
+	p.network.exhausted.Store(s.exhausted(ready, time.Now()))
+	if waiting == nil && len(ready) == 0 {
 		waiting = node.Waiting("NoENI", "the pool has no ENI yet")
 	}
 	return waiting
@@ -322,11 +354,8 @@ func (*Paths) open(k **kernel) (err error) {
 }
 
 // readySlots returns the slots that pods can be given, with the MTU of their ENI.
-func (p *Paths) readySlots() map[int]int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return maps.Clone(p.ready)
-}
+// Nobody changes what it returns.
+func (p *Paths) readySlots() map[int]int { return *p.ready.Load() }
 
 // begin takes the lock to change the network of one pod.
 func (p *Paths) begin() (*kernel, error) {

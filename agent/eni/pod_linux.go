@@ -52,7 +52,7 @@ func (k *kernel) enter(path string) (*podKernel, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open netlink in %s: %w", path, err), ns.Close())
 	}
-	k.pod = &podKernel{path, ns, nl}
+	k.pod = &podKernel{path: path, ns: ns, nl: nl}
 	return k.pod, nil
 }
 
@@ -89,20 +89,28 @@ func (o veth) put(k *kernel) error {
 	peer, _ := net.ParseMAC(podMAC)
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.HardwareAddr, attrs.MTU = name, host, o.pod.MTU
-	// Each end is created where it stays: moving a link waits for every CPU.
+	attrs.NumTxQueues, attrs.NumRxQueues = 1, 1
+	// Each end is created where it stays, and with the one queue that is used: moving
+	// a link waits for every CPU, and so does taking away the queues that a veth
+	// otherwise begins with, one for each of them.
+	// Source: veth_init_queues in the kernel's drivers/net/veth.c
 	v := &netlink.Veth{
 		LinkAttrs: attrs, PeerName: o.pod.IfName, PeerHardwareAddr: peer,
 		PeerNamespace: netlink.NsFd(pod.ns.Fd()), PeerMTU: uint32(o.pod.MTU),
 	}
+	pod.link = nil
 	addErr := k.nl.LinkAdd(v)
-	if addErr != nil && !errors.Is(addErr, unix.EEXIST) {
+	if addErr == nil {
+		return k.nl.LinkSetAlias(v, alias(o.pod))
+	}
+	if !errors.Is(addErr, unix.EEXIST) {
 		return addErr
 	}
 	l, err := k.nl.LinkByName(name)
 	if err != nil {
 		return fmt.Errorf("link %s exists in %s: %w", o.pod.IfName, o.pod.NetNS, errors.Join(addErr, err))
 	}
-	if addErr != nil && !ours(l) {
+	if !ours(l) {
 		return addErr
 	}
 	return k.nl.LinkSetAlias(l, alias(o.pod))
@@ -139,11 +147,11 @@ func (o veth) drop(k *kernel) error {
 }
 
 func (o podLink) put(k *kernel) error {
-	pod, err := k.enter(o.pod.NetNS)
+	pod, l, err := k.podLink(o.pod)
 	if err != nil {
 		return err
 	}
-	return putLink(pod.nl, o.pod.IfName, o.mac, o.pod.MTU)
+	return putLink(pod.nl, l, o.mac, o.pod.MTU)
 }
 
 func (o podAddress) put(k *kernel) error {
@@ -154,13 +162,16 @@ func (o podAddress) put(k *kernel) error {
 	return ignore(pod.nl.AddrAdd(l, &netlink.Addr{IPNet: ipNet(o.pod.Addr)}), unix.EEXIST)
 }
 
+// podLink returns the pod's end, as it was when it was first asked for.
 func (k *kernel) podLink(p Pod) (*podKernel, netlink.Link, error) {
 	pod, err := k.enter(p.NetNS)
 	if err != nil {
 		return nil, nil, err
 	}
-	l, err := pod.nl.LinkByName(p.IfName)
-	return pod, l, err
+	if pod.link == nil || pod.link.Attrs().Name != p.IfName {
+		pod.link, err = pod.nl.LinkByName(p.IfName)
+	}
+	return pod, pod.link, err
 }
 
 func (o podRoute) put(k *kernel) error {

@@ -163,7 +163,7 @@ func TestAllocateWaits(t *testing.T) {
 		if err := n.ledger.record(record{Slot: &Slot{ENI: "eni-a", MAC: "m", Addrs: testSlot.Addrs[:1]}}); err != nil {
 			t.Fatal(err)
 		}
-		n.paths.ready[0] = 1500
+		n.paths.ready.Store(&map[int]int{0: 1500})
 		if _, err := n.allocate(t.Context(), Pod{Attachment: keyOf("a")}); err != nil {
 			t.Fatal(err)
 		}

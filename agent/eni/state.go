@@ -2,7 +2,6 @@ package eni
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -32,7 +31,7 @@ func (n *Network) State() (State, error) {
 	blocked, seen, seenAt := n.blocked, n.seen, n.seenAt
 	n.mu.Unlock()
 	n.paths.mu.Lock()
-	sc, ready := n.paths.scene, maps.Clone(n.paths.ready)
+	sc, ready := n.paths.scene, n.paths.readySlots()
 	n.paths.mu.Unlock()
 
 	out := describe(s, sc, ready, seen, time.Now())
