@@ -21,6 +21,9 @@ type kernel struct {
 	nl  *netlink.Handle
 	nft *nft
 	pod *podKernel
+	// made is the host's end of the pod's veth as it was made, until leave: nobody has
+	// to ask for it once more.
+	made netlink.Link
 }
 
 // podKernel is the network namespace of a pod.
@@ -73,6 +76,14 @@ func (k *kernel) links() ([]netlink.Link, error) {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
 	return all, nil
+}
+
+// link returns a link by its name.
+func (k *kernel) link(name string) (netlink.Link, error) {
+	if k.made != nil && k.made.Attrs().Name == name {
+		return k.made, nil
+	}
+	return k.nl.LinkByName(name)
 }
 
 // ours reports whether a link is the host's end of one of our veths.
@@ -330,7 +341,7 @@ func (o route) put(k *kernel) error {
 		r.Type = unix.RTN_UNREACHABLE
 		return k.nl.RouteReplace(&r)
 	}
-	l, err := k.nl.LinkByName(o.dev)
+	l, err := k.link(o.dev)
 	if err != nil {
 		return err
 	}
@@ -357,7 +368,7 @@ func (o sysctl) put(*kernel) error {
 }
 
 func (o link) put(k *kernel) error {
-	l, err := k.nl.LinkByName(o.dev)
+	l, err := k.link(o.dev)
 	if err != nil {
 		return err
 	}

@@ -58,6 +58,7 @@ func (k *kernel) enter(path string) (*podKernel, error) {
 
 // leave forgets the pod's network namespace, so that it can end.
 func (k *kernel) leave() error {
+	k.made = nil
 	if k.pod == nil {
 		return nil
 	}
@@ -101,7 +102,11 @@ func (o veth) put(k *kernel) error {
 	pod.link = nil
 	addErr := k.nl.LinkAdd(v)
 	if addErr == nil {
-		return k.nl.LinkSetAlias(v, alias(o.pod))
+		if err := k.nl.LinkSetAlias(v, alias(o.pod)); err != nil { // it asks for the index
+			return err
+		}
+		k.made = v
+		return nil
 	}
 	if !errors.Is(addErr, unix.EEXIST) {
 		return addErr

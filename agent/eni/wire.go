@@ -6,8 +6,8 @@ import (
 	"os"
 )
 
-// wire makes everything that the pod needs. Nothing is listed before a pod whose
-// link does not exist; a repeated ADD is a repair.
+// wire makes everything that the pod needs. It asks the kernel for nothing: what is
+// there already, as after a repeated ADD, is made so once more.
 func (p *Paths) wire(pod Pod) error {
 	pol := p.network.policy()
 	name, _, _ := vethOf(pod.Attachment)
@@ -21,18 +21,9 @@ func (p *Paths) wire(pod Pod) error {
 		return err
 	}
 	defer p.end(k)
-	var have []object
-	if _, err := k.nl.LinkByName(name); err == nil {
-		if have, err = k.observeAll(pol, pod); err != nil {
-			return err
-		}
-	}
-	for _, st := range diff(pol.podObjects(pod), have) {
-		if st.drop {
-			continue
-		}
-		if err := st.object.put(k); err != nil {
-			return fmt.Errorf("%s: %w", st.text, err)
+	for _, o := range pol.podObjects(pod) {
+		if err := o.put(k); err != nil {
+			return fmt.Errorf("add %s: %w", text(o), err)
 		}
 	}
 	return nil
