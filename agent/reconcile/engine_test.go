@@ -147,6 +147,31 @@ func TestServing(t *testing.T) {
 	}
 }
 
+// TestServingFails: what fails of changes for what may come takes no condition away
+// either, unless a human must act, nor does one that is undone.
+func TestServingFails(t *testing.T) {
+	for name, c := range map[string]struct {
+		err   error
+		state State
+		unmet int
+	}{
+		"transient": {errors.New("no answer"), Failed, 0},
+		"terminal":  {node.Terminal("Denied", "allow it", errors.New("denied")), Failed, 1},
+		"undone":    {nil, NotConverging, 0},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			m := &thing{name: "a", cond: node.DisksReady, serving: true, sticky: true}
+			m.onApply = func(context.Context) error { return c.err }
+			e, b, stop := run(t, m)
+			defer stop()
+			settle(10 * time.Millisecond)
+			if unmet, _ := b.Unmet(node.DisksReady); len(unmet) != c.unmet || state(t, e, "a").State != c.state {
+				t.Errorf("%s: state %s, unmet %v", name, state(t, e, "a").State, unmet)
+			}
+		})
+	}
+}
+
 func TestLaw1NotConvergingShowsBothPlans(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := &thing{name: "a", cond: node.DisksReady, sticky: true}

@@ -140,7 +140,7 @@ func (in *instance) step(ctx context.Context) (floor, ceiling time.Duration) {
 		case ctx.Err() != nil:
 			return 0, 0
 		case err != nil:
-			return in.failed(err, plan.Again)
+			return in.failed(err, node.Plan{Again: plan.Again})
 		case plan.Empty():
 			in.failures, in.waits = 0, 0
 			in.set(InstanceStatus{State: Converged, Reason: "Converged", NextTry: after(plan.Again), quiet: plan.Rest > 0})
@@ -162,7 +162,7 @@ func (in *instance) step(ctx context.Context) (floor, ceiling time.Duration) {
 			continue
 		}
 		if err != nil {
-			return in.failed(err, plan.Again)
+			return in.failed(err, plan)
 		}
 		level := slog.LevelInfo
 		if plan.Rest > 0 {
@@ -240,15 +240,16 @@ func (in *instance) leave(ctx context.Context, what string, done <-chan error) e
 
 // failed records err and returns how long to rest: a waiting instance listens to
 // wakes at once, a failing one only after its back-off, and a terminal one
-// hardly ever asks by itself.
-func (in *instance) failed(err error, again time.Duration) (floor, ceiling time.Duration) {
+// hardly ever asks by itself. What fails of a plan that is for what may come leaves
+// the condition as it is, unless a human must act.
+func (in *instance) failed(err error, plan node.Plan) (floor, ceiling time.Duration) {
 	class := node.ClassOf(err)
-	st := InstanceStatus{State: Failed, Reason: node.ReasonOf(err, "Error"), Message: err.Error(), Class: class.String()}
+	st := InstanceStatus{State: Failed, Reason: node.ReasonOf(err, "Error"), Message: err.Error(), Class: class.String(), serving: plan.Serving && class != node.ClassTerminal}
 	if class == node.ClassWaiting {
 		st.State = Waiting
 		floor, ceiling = 0, min(backoff(in.waits), 5*time.Second)
-		if again > 0 {
-			ceiling = again
+		if plan.Again > 0 {
+			ceiling = plan.Again
 		}
 		in.failures = 0
 		in.waits++
@@ -278,6 +279,7 @@ func (in *instance) notConverging(applied, left node.Plan) (floor, ceiling time.
 		Message: fmt.Sprintf("%d changes are left although the plan was applied without an error: something undoes them, or this is a bug", len(left.Changes)),
 		Changes: append(prefixed("applied: ", applied), prefixed("left: ", left)...),
 		NextTry: after(delay),
+		serving: left.Serving,
 		quiet:   left.Rest > 0,
 	})
 	return delay, delay
