@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -64,6 +65,48 @@ func TestKernelQueuedDEL(t *testing.T) {
 		left, err := os.ReadDir(cni.QueueDir)
 		if err != nil || len(left) != 0 {
 			t.Errorf("queue: %v, %v", left, err)
+		}
+	})
+}
+
+// TestKernelQueuedDELOfALostLedger removes a pod while no agent answers, and then the
+// ledger: the agent that finds the pod's link takes it away as it was asked to.
+func TestKernelQueuedDELOfALostLedger(t *testing.T) {
+	inNode(t, func(t *testing.T, n *testNode) {
+		n.attach("eth1")
+		n.converge()
+		before := n.kernelDump()
+		stop := n.serve()
+		web := newPod(t, "web")
+		addr := web.add()
+		stop()
+		must(t, os.RemoveAll(cni.Socket))
+		_, err := web.plugin("DEL", nil)
+		must(t, err)
+		must(t, n.net.Close())
+		must(t, os.Remove(filepath.Join(n.dir, "ledger")))
+		n.start()
+		s, err := n.net.ledger.state()
+		must(t, err)
+		if len(s.Pods) != 1 {
+			t.Fatalf("the link was not found: %+v", s.Pods)
+		}
+		n.record()
+		n.converge()
+		defer n.serve()()
+		n.await("no pod", func() bool {
+			s, err := n.net.State()
+			must(t, err)
+			return len(s.Pods) == 0
+		})
+		if p := n.plan(); !p.Empty() {
+			t.Errorf("plan after the DEL:\n%s", p)
+		}
+		if after := n.kernelDump(); after != before {
+			t.Errorf("after the DEL:\n%s\nbefore ADD:\n%s", after, before)
+		}
+		if s, err := n.net.ledger.state(); err != nil || !s.restsUntil(addr).After(time.Now()) {
+			t.Errorf("%s does not rest: %v", addr, err)
 		}
 	})
 }

@@ -81,6 +81,8 @@ type Pod struct {
 	ENI       string     `json:"eni"`
 	MTU       int        `json:"mtu"`
 	Since     time.Time  `json:"since"`
+	// Found says that the ledger was rebuilt then: the pod is older than Since.
+	Found bool `json:"found,omitempty"`
 }
 
 func (p Pod) String() string { return p.Namespace + "/" + p.Name }

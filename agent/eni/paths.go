@@ -156,6 +156,9 @@ func (p *Paths) observe(ctx context.Context, pol policy) ([]step, scene, error) 
 		}
 		before := p.moves.Load()
 		steps, sc, err := p.compare(pol)
+		if gone(err) && try < 3 { // somebody has removed what was being listed: that is to be repaired
+			continue
+		}
 		if err != nil || ctx.Err() != nil {
 			return nil, sc, errors.Join(err, ctx.Err())
 		}

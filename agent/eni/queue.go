@@ -31,7 +31,7 @@ func (n *Network) drain() {
 		if err != nil || !ok {
 			return err
 		}
-		if pod.Since.After(d.At) {
+		if pod.Since.After(d.At) && !pod.Found {
 			return nil // it was added again since
 		}
 		if err := n.del(d.Attachment); err != nil {

@@ -101,7 +101,7 @@ func (s *state) complete(w witness, damaged error, now time.Time) error {
 		}
 		// Whoever had the address before has no link: its DEL was lost.
 		maps.DeleteFunc(s.Pods, func(_ cni.Attachment, old Pod) bool { return old.Addr == p.Addr })
-		p.ENI, p.Since = s.Slots[p.Slot].ENI, now.UTC().Truncate(time.Millisecond)
+		p.ENI, p.Since, p.Found = s.Slots[p.Slot].ENI, now.UTC().Truncate(time.Millisecond), true
 		s.Pods[p.Attachment] = p
 	}
 	s.Settled = now.Add(coolDown).UTC().Truncate(time.Second)
