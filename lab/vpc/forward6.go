@@ -19,9 +19,10 @@ const (
 	optionMTU       = 5
 )
 
-// Gateway6 is the IPv6 next hop of every port, and answers ping. Tencent's guide "Linux 云服务器配置 IPv6"
-// (below https://cloud.tencent.com/document/product/1142) has every CVM use it, whatever its subnet: `ip -6 route add
-// default dev eth0 via fe80::feee:ffff:feff:ffff`. It is fe:ee:ff:ff:ff:ff with ff:fe in its middle.
+// Gateway6 is the IPv6 next hop of every port, and answers ping from addresses of the VPC. Tencent has every CVM use
+// it, whatever its subnet: `ip -6 route add default dev eth0 via fe80::feee:ffff:feff:ffff`, says the guide "Linux
+// 云服务器配置 IPv6" below https://cloud.tencent.com/document/product/1142. It is fe:ee:ff:ff:ff:ff with ff:fe in its
+// middle.
 var Gateway6 = netip.MustParseAddr("fe80::feee:ffff:feff:ffff")
 
 // allNodes is who hears an advertisement that a machine without an address asked for.
