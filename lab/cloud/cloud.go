@@ -147,7 +147,7 @@ type Port struct {
 	ENI      string
 	MAC      net.HardwareAddr
 	Subnet   string
-	Addrs    []netip.Addr // the primary address first, IPv6 ones last
+	Addrs    []netip.Addr // the primary address first
 	Primary  bool         // its address is given by DHCP
 	Hostname string
 }
