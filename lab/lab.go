@@ -39,6 +39,8 @@ var (
 	// ProbeAddr is the address from which the lab reaches nodes and pods, as any
 	// other machine of the VPC would.
 	ProbeAddr = netip.MustParseAddr("10.0.0.20")
+	// ProbeAddr6 is that for IPv6, in a range of the VPC that no subnet has.
+	ProbeAddr6 = netip.MustParseAddr("2001:db8:0:ff::20")
 )
 
 // Options say what a lab is made of.
@@ -151,7 +153,7 @@ func (l *Lab) startCloud(context.Context) error {
 		"*." + config.Domain:      cloudAPIAddr.Addr(),
 	}
 	var err error
-	l.Net, err = vpc.New(vpc.Config{CIDR: vpcCIDR, Subnets: subnets(config), Hosts: hosts, Log: l.log.With("part", "vpc")})
+	l.Net, err = vpc.New(vpc.Config{CIDR: vpcCIDR, CIDR6: vpcCIDR6, Subnets: subnets(config), Hosts: hosts, Log: l.log.With("part", "vpc")})
 	if err != nil {
 		return err
 	}
@@ -240,7 +242,11 @@ func (l *Lab) forwardAPIServer() error {
 // Dial opens a connection to a machine or a pod of the VPC, from another address
 // in it, through the fabric and its checks.
 func (l *Lab) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	return l.Net.DialContext(ctx, ProbeAddr, network, addr)
+	from := ProbeAddr
+	if to, err := netip.ParseAddrPort(addr); err == nil && to.Addr().Is6() {
+		from = ProbeAddr6
+	}
+	return l.Net.DialContext(ctx, from, network, addr)
 }
 
 // HTTPClient returns a client that reaches nodes and pods by their VPC addresses.

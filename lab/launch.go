@@ -16,12 +16,15 @@ import (
 	"github.com/tkenode/tkenode/lab/vpc"
 )
 
-var vpcCIDR = netip.MustParsePrefix("10.0.0.0/16")
+var (
+	vpcCIDR  = netip.MustParsePrefix("10.0.0.0/16")
+	vpcCIDR6 = netip.MustParsePrefix("2001:db8::/56") // as large as Tencent's
+)
 
 func subnets(config cloud.Config) []vpc.Subnet {
 	var out []vpc.Subnet
 	for _, s := range config.Subnets {
-		out = append(out, vpc.Subnet{ID: s.ID, CIDR: s.CIDR})
+		out = append(out, vpc.Subnet{ID: s.ID, CIDR: s.CIDR, CIDR6: s.CIDR6})
 	}
 	return out
 }

@@ -39,6 +39,8 @@ var actions = map[string]action{
 	"vpc:DeleteNetworkInterface":          {20, false, handle((*Region).deleteNetworkInterface)},
 	"vpc:AssignPrivateIpAddresses":        {100, true, handle((*Region).assignPrivateIPAddresses)},
 	"vpc:UnassignPrivateIpAddresses":      {100, false, handle((*Region).unassignPrivateIPAddresses)},
+	"vpc:AssignIpv6Addresses":             {20, true, handle((*Region).assignIPv6Addresses)},
+	"vpc:UnassignIpv6Addresses":           {20, false, handle((*Region).unassignIPv6Addresses)},
 	"vpc:DescribeNetworkInterfaces":       {100, false, handle((*Region).describeNetworkInterfaces)},
 	"vpc:DescribeNetworkInterfaceLimit":   {20, false, handle((*Region).describeNetworkInterfaceLimit)},
 	"vpc:DescribeSubnets":                 {100, false, handle((*Region).describeSubnets)},

@@ -55,12 +55,21 @@ type Zone struct {
 type Subnet struct {
 	ID    string
 	CIDR  netip.Prefix
+	CIDR6 netip.Prefix // a /64; none: the subnet has no IPv6
 	Zone  string
 	First netip.Addr
 }
 
 // Gateway of the subnet.
 func (s Subnet) Gateway() netip.Addr { return s.CIDR.Masked().Addr().Next() }
+
+// six is the subnet with its IPv6 range for its IPv4 one. Addresses begin after the
+// anycast address of its routers and the first one, which some write as the gateway.
+func (s Subnet) six() Subnet {
+	s.CIDR = s.CIDR6
+	s.First = s.CIDR6.Masked().Addr().Next().Next()
+	return s
+}
 
 // Delays say how long the cloud takes.
 type Delays struct {
@@ -79,8 +88,8 @@ func Default() Config {
 		OwnerUin: "100000000001",
 		VPCID:    "vpc-lab00001",
 		Subnets: []Subnet{
-			{"subnet-node0001", netip.MustParsePrefix("10.0.0.0/24"), "ap-guangzhou-3", netip.MustParseAddr("10.0.0.30")},
-			{"subnet-pods0001", netip.MustParsePrefix("10.0.16.0/20"), "ap-guangzhou-3", netip.MustParseAddr("10.0.16.2")},
+			{"subnet-node0001", netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("2001:db8:0:1::/64"), "ap-guangzhou-3", netip.MustParseAddr("10.0.0.30")},
+			{"subnet-pods0001", netip.MustParsePrefix("10.0.16.0/20"), netip.MustParsePrefix("2001:db8:0:10::/64"), "ap-guangzhou-3", netip.MustParseAddr("10.0.16.2")},
 		},
 		SecurityGroups: []string{"sg-lab00001"},
 		Images:         []string{"img-lab00001"},

@@ -34,6 +34,7 @@ func FuzzActions(f *testing.F) {
 		f.Add(uint(i), []byte(`{"Limit":101,"Offset":18446744073709551615,"Filters":[{"Name":"tag:","Values":[]}]}`))
 		f.Add(uint(i), []byte(`{"VpcId":"vpc-lab00001","SubnetId":"subnet-pods0001","NetworkInterfaceName":"x","SecondaryPrivateIpAddressCount":18446744073709551615}`))
 		f.Add(uint(i), []byte(`{"VpcId":"vpc-lab00001","SubnetId":"subnet-pods0001","NetworkInterfaceName":"x","PrivateIpAddresses":[{"PrivateIpAddress":"10.0.16.2"},{"PrivateIpAddress":"10.0.16.3","Primary":true}]}`))
+		f.Add(uint(i), []byte(`{"NetworkInterfaceId":"eni-00000000","Ipv6Addresses":[{"Address":"2001:db8:0:10::9","Primary":true}],"Ipv6AddressCount":18446744073709551615}`))
 		f.Add(uint(i), []byte(`{"Placement":{"Zone":"ap-guangzhou-3"},"DiskChargeType":"POSTPAID_BY_HOUR","DiskType":"CLOUD_SSD","DiskSize":20,"DiskCount":-1}`))
 		f.Add(uint(i), []byte(`null`))
 	}

@@ -60,6 +60,7 @@ type ENI struct {
 	SecurityGroups []string
 	Tags           []Tag
 	IPs            []IP // the primary first
+	IP6s           []IP `json:",omitempty"` // none is primary
 	Instance       string
 	DeviceIndex    int
 	Created        time.Time
@@ -94,7 +95,8 @@ type Disk struct {
 
 // copy returns an ENI that shares nothing with e.
 func (e ENI) copy() ENI {
-	e.IPs, e.Tags, e.SecurityGroups = slices.Clone(e.IPs), slices.Clone(e.Tags), slices.Clone(e.SecurityGroups)
+	e.IPs, e.IP6s = slices.Clone(e.IPs), slices.Clone(e.IP6s)
+	e.Tags, e.SecurityGroups = slices.Clone(e.Tags), slices.Clone(e.SecurityGroups)
 	return e
 }
 
@@ -107,10 +109,13 @@ func (e ENI) attachedTo() string {
 	return e.Instance
 }
 
+// addrs lists the addresses of both families, the primary first.
+func (e ENI) addrs() []IP { return slices.Concat(e.IPs, e.IP6s) }
+
 // usable lists the addresses that packets of the ENI may carry.
 func (e ENI) usable() []netip.Addr {
 	var addrs []netip.Addr
-	for _, ip := range e.IPs {
+	for _, ip := range e.addrs() {
 		if ip.State == available {
 			addrs = append(addrs, ip.Addr)
 		}
@@ -119,7 +124,7 @@ func (e ENI) usable() []netip.Addr {
 }
 
 func (e ENI) hasAddr(a netip.Addr) bool {
-	return slices.ContainsFunc(e.IPs, func(ip IP) bool { return ip.Addr == a })
+	return slices.ContainsFunc(e.addrs(), func(ip IP) bool { return ip.Addr == a })
 }
 
 func (e ENI) mac() net.HardwareAddr {
@@ -133,7 +138,7 @@ func (e ENI) mac() net.HardwareAddr {
 // port returns the end of the ENI in the VPC, for an instance of that name.
 func (e ENI) port(hostname string) Port {
 	p := Port{ENI: e.ID, MAC: e.mac(), Subnet: e.Subnet, Primary: e.Primary, Hostname: hostname}
-	for _, ip := range e.IPs {
+	for _, ip := range e.addrs() {
 		p.Addrs = append(p.Addrs, ip.Addr)
 	}
 	return p
@@ -261,7 +266,7 @@ func (r *Region) checkAddr(s Subnet, a netip.Addr) error {
 func (r *Region) usedAddrs() map[netip.Addr]bool {
 	used := map[netip.Addr]bool{}
 	for _, e := range r.enis.all() {
-		for _, ip := range e.IPs {
+		for _, ip := range e.addrs() {
 			used[ip.Addr] = true
 		}
 	}

@@ -176,9 +176,11 @@ func (r *Region) settleENI(id string) {
 	}
 	e = e.copy()
 	e.State = available
-	for i := range e.IPs {
-		if e.IPs[i].State == pending {
-			e.IPs[i].State = available
+	for _, ips := range [][]IP{e.IPs, e.IP6s} {
+		for i := range ips {
+			if ips[i].State == pending {
+				ips[i].State = available
+			}
 		}
 	}
 	r.enis.put(id, e)
@@ -235,8 +237,9 @@ func (r *Region) checkAttach(e ENI, instanceID string) (Instance, error) {
 		return instance, refuse("UnsupportedOperation", "ENI %s has no security group", e.ID)
 	case len(r.attachedENIs(instanceID)) >= quota.ENIs:
 		return instance, refuse("LimitExceeded", "instance %s has its %d ENIs", instanceID, quota.ENIs)
-	case len(e.IPs) > quota.IPs:
-		return instance, refuse("LimitExceeded", "ENI %s has %d addresses, instance %s allows %d", e.ID, len(e.IPs), instanceID, quota.IPs)
+	case max(len(e.IPs), len(e.IP6s)) > quota.IPs:
+		return instance, refuse("LimitExceeded", "ENI %s has %d addresses and %d of IPv6, instance %s allows %d",
+			e.ID, len(e.IPs), len(e.IP6s), instanceID, quota.IPs)
 	}
 	return instance, nil
 }

@@ -29,30 +29,45 @@ func (r *Region) assignPrivateIPAddresses(id string, in *assignIn) (any, error) 
 	if err != nil {
 		return nil, err
 	}
-	e = e.copy()
 	var out []addressOut
-	for _, a := range addrs {
-		ip := IP{Addr: a, State: pending}
-		e.IPs = append(e.IPs, ip)
+	for _, ip := range r.assign(id, "AssignPrivateIpAddresses", e, ip4s, addrs) {
 		out = append(out, describeIP(ip))
 	}
+	return struct{ PrivateIpAddressSet []addressOut }{out}, nil
+}
+
+// family picks the addresses of one family of an ENI.
+type family func(*ENI) *[]IP
+
+func ip4s(e *ENI) *[]IP { return &e.IPs }
+func ip6s(e *ENI) *[]IP { return &e.IP6s }
+
+// assign starts to give an ENI addresses, and returns them. The caller holds mu.
+func (r *Region) assign(id, action string, e ENI, of family, addrs []netip.Addr) []IP {
+	e = e.copy()
+	var given []IP
+	for _, a := range addrs {
+		given = append(given, IP{Addr: a, State: pending})
+	}
+	*of(&e) = append(*of(&e), given...)
 	r.enis.put(e.ID, e)
 	r.begin(id, work{
-		action: "AssignPrivateIpAddresses", target: []string{e.ID}, takes: r.config.Delays.Task,
+		action: action, target: []string{e.ID}, takes: r.config.Delays.Task,
 		do: func(context.Context) error { return r.setAddrs(e, append(e.usable(), addrs...)) },
 		done: func(err error) {
 			if err != nil {
 				e := e.copy()
-				e.IPs = slices.DeleteFunc(e.IPs, func(ip IP) bool { return slices.Contains(addrs, ip.Addr) })
+				ips := of(&e)
+				*ips = slices.DeleteFunc(*ips, func(ip IP) bool { return slices.Contains(addrs, ip.Addr) })
 				r.enis.put(e.ID, e)
 			}
 			r.settleENI(e.ID)
 		},
 	})
-	return struct{ PrivateIpAddressSet []addressOut }{out}, nil
+	return given
 }
 
-// addressQuota is how many addresses an ENI may have. The caller holds mu.
+// addressQuota is how many addresses of a family an ENI may have. The caller holds mu.
 func (r *Region) addressQuota(e ENI) int {
 	if instance, ok := r.instances.get(e.Instance); ok {
 		return instanceTypes[instance.Type].IPs
@@ -73,46 +88,53 @@ func (r *Region) unassignPrivateIPAddresses(id string, in *unassignIn) (any, err
 	if err != nil {
 		return nil, err
 	}
-	if n := len(in.PrivateIpAddresses); n == 0 || n > maxAddressesCall {
-		return nil, refuse("InvalidParameterValue.LimitExceeded", "%d addresses in a call, want 1 to %d", n, maxAddressesCall)
-	}
 	if in.InstanceId != "" && in.InstanceId != e.Instance {
 		return nil, refuse("UnsupportedOperation.AttachmentNotFound", "ENI %s is not attached to %s", e.ID, in.InstanceId)
 	}
+	return none{}, r.unassign(id, "UnassignPrivateIpAddresses", e, ip4s, in.PrivateIpAddresses)
+}
+
+// unassign starts to take addresses from an ENI. The caller holds mu.
+func (r *Region) unassign(id, action string, e ENI, of family, given []addressIn) error {
+	if n := len(given); n == 0 || n > maxAddressesCall {
+		return refuse("InvalidParameterValue.LimitExceeded", "%d addresses in a call, want 1 to %d", n, maxAddressesCall)
+	}
 	e = e.copy()
+	ips := *of(&e)
 	var gone []netip.Addr
-	for _, g := range in.PrivateIpAddresses {
+	for _, g := range given {
 		a, err := netip.ParseAddr(g.PrivateIpAddress)
-		i := slices.IndexFunc(e.IPs, func(ip IP) bool { return ip.Addr == a })
+		i := slices.IndexFunc(ips, func(ip IP) bool { return ip.Addr == a })
 		switch {
 		case err != nil:
-			return nil, refuse("InvalidParameterValue.Malformed", "address %q is malformed", g.PrivateIpAddress)
+			return refuse("InvalidParameterValue.Malformed", "address %q is malformed", g.PrivateIpAddress)
 		case slices.Contains(gone, a):
-			return nil, refuse("InvalidParameterValue.DuplicatePara", "address %s is given twice", a)
+			return refuse("InvalidParameterValue.DuplicatePara", "address %s is given twice", a)
 		case i < 0:
-			return nil, refuse("ResourceNotFound", "ENI %s has no address %s", e.ID, a)
-		case e.IPs[i].Primary:
-			return nil, refuse("UnsupportedOperation", "address %s is the primary one of %s", a, e.ID)
+			return refuse("ResourceNotFound", "ENI %s has no address %s", e.ID, a)
+		case ips[i].Primary:
+			return refuse("UnsupportedOperation", "address %s is the primary one of %s", a, e.ID)
 		}
-		e.IPs[i].State = deleting
+		ips[i].State = deleting
 		gone = append(gone, a)
 	}
 	r.enis.put(e.ID, e)
 	r.begin(id, work{
-		action: "UnassignPrivateIpAddresses", target: []string{e.ID}, takes: r.config.Delays.Task,
+		action: action, target: []string{e.ID}, takes: r.config.Delays.Task,
 		do: func(context.Context) error { return r.setAddrs(e, e.usable()) },
 		done: func(err error) {
 			e := e.copy()
+			ips := of(&e)
 			if err == nil {
-				e.IPs = slices.DeleteFunc(e.IPs, func(ip IP) bool { return ip.State == deleting })
+				*ips = slices.DeleteFunc(*ips, func(ip IP) bool { return ip.State == deleting })
 			}
-			for i := range e.IPs {
-				e.IPs[i].State = available
+			for i := range *ips {
+				(*ips)[i].State = available
 			}
 			r.enis.put(e.ID, e)
 		},
 	})
-	return none{}, nil
+	return nil
 }
 
 func (r *Region) describeNetworkInterfaceLimit(_ string, in *struct{ InstanceId string }) (any, error) {

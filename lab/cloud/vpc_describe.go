@@ -21,6 +21,12 @@ type addressOut struct {
 	State            string
 }
 
+type address6Out struct {
+	Address string
+	Primary bool
+	State   string
+}
+
 type attachmentOut struct {
 	InstanceId        string
 	DeviceIndex       int
@@ -39,6 +45,7 @@ type eniOut struct {
 	MacAddress                  string
 	State                       string
 	PrivateIpAddressSet         []addressOut
+	Ipv6AddressSet              []address6Out
 	Attachment                  *attachmentOut
 	Zone                        string
 	CreatedTime                 string
@@ -49,6 +56,8 @@ type eniOut struct {
 }
 
 func describeIP(ip IP) addressOut { return addressOut{ip.Addr.String(), ip.Primary, ip.State} }
+
+func describeIP6(ip IP) address6Out { return address6Out{ip.Addr.String(), ip.Primary, ip.State} }
 
 func (r *Region) describe(e ENI) eniOut {
 	s, _ := r.subnet(e.Subnet)
@@ -62,6 +71,9 @@ func (r *Region) describe(e ENI) eniOut {
 	}
 	for _, ip := range e.IPs {
 		out.PrivateIpAddressSet = append(out.PrivateIpAddressSet, describeIP(ip))
+	}
+	for _, ip := range e.IP6s {
+		out.Ipv6AddressSet = append(out.Ipv6AddressSet, describeIP6(ip))
 	}
 	if instance := e.attachedTo(); instance != "" {
 		out.Business = "cvm"
@@ -184,6 +196,7 @@ type subnetOut struct {
 	SubnetId                string
 	SubnetName              string
 	CidrBlock               string
+	Ipv6CidrBlock           string // empty: none
 	Zone                    string
 	AvailableIpAddressCount int
 	TotalIpAddressCount     int
@@ -202,7 +215,11 @@ func (r *Region) describeSubnets(_ string, in *describeSubnetsIn) (any, error) {
 	set := []subnetOut{}
 	for _, s := range r.config.Subnets {
 		free, total := r.freeAddrs(s)
-		set = append(set, subnetOut{r.config.VPCID, s.ID, s.ID, s.CIDR.String(), s.Zone, free, total})
+		out := subnetOut{r.config.VPCID, s.ID, s.ID, s.CIDR.String(), "", s.Zone, free, total}
+		if s.CIDR6.IsValid() {
+			out.Ipv6CidrBlock = s.CIDR6.String()
+		}
+		set = append(set, out)
 	}
 	for _, id := range in.SubnetIds {
 		if _, ok := r.subnet(id); !ok {

@@ -14,11 +14,12 @@ type Reason uint8
 const (
 	delivered     Reason = iota
 	DropMAC              // the source MAC is not the ENI's
-	DropSource           // the IPv4 source is not assigned to the ENI
+	DropSource           // the IP source is not assigned to the ENI
 	DropARPSender        // the sender of an ARP packet is not assigned to the ENI
 	DropUnknown          // nobody has the destination
-	DropMalformed        // not a frame, an IPv4 packet or an ARP packet of the right size and checksum
-	DropIPv6             // the VPC has no IPv6 yet
+	DropMalformed        // not a frame, an IP packet, an ARP packet or neighbour discovery of the right size and checksum
+	DropIPv6             // the subnet has no IPv6
+	DropMulticast        // IPv6 multicast that is no neighbour discovery
 	DropProtocol         // neither IPv4, IPv6 nor ARP
 	DropLinkDown         // the link was set down, or no machine is connected
 	DropQueueFull        // the machine does not read as fast as others write to it
@@ -27,7 +28,7 @@ const (
 
 var reasonText = [reasons]string{
 	DropMAC: "wrong MAC", DropSource: "source address", DropARPSender: "ARP sender", DropUnknown: "unknown destination",
-	DropMalformed: "malformed", DropIPv6: "IPv6", DropProtocol: "unknown protocol", DropLinkDown: "link down",
+	DropMalformed: "malformed", DropIPv6: "IPv6", DropMulticast: "IPv6 multicast", DropProtocol: "unknown protocol", DropLinkDown: "link down",
 	DropQueueFull: "queue full",
 }
 

@@ -94,6 +94,11 @@ func (n *Network) answerDNS(w dns.ResponseWriter, request *dns.Msg) {
 			Hdr: dns.RR_Header{Name: question.Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: dnsTTL},
 			A:   net.IP(addr.AsSlice()),
 		}}
+	case addr.Is6() && question.Qclass == dns.ClassINET && (question.Qtype == dns.TypeAAAA || question.Qtype == dns.TypeANY):
+		reply.Answer = []dns.RR{&dns.AAAA{
+			Hdr:  dns.RR_Header{Name: question.Name, Rrtype: dns.TypeAAAA, Class: dns.ClassINET, Ttl: dnsTTL},
+			AAAA: net.IP(addr.AsSlice()),
+		}}
 	}
 	w.WriteMsg(reply)
 }

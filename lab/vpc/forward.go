@@ -49,7 +49,7 @@ func (n *Network) route(p *port, frame []byte) Reason {
 	case etherARP:
 		return n.answerARP(p, payload)
 	case etherIPv6:
-		return DropIPv6
+		return n.routeIPv6(p, payload)
 	}
 	return DropProtocol
 }

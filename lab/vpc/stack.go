@@ -13,6 +13,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
@@ -29,7 +30,7 @@ func (n *Network) Listen(addr netip.AddrPort) (net.Listener, error) {
 		return nil, fmt.Errorf("listen on %s: %w", addr, err)
 	}
 	var events waiter.Queue
-	ep, err := n.stack.NewEndpoint(tcp.ProtocolNumber, ipv4.ProtocolNumber, &events)
+	ep, err := n.stack.NewEndpoint(tcp.ProtocolNumber, protocol(addr.Addr()), &events)
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %s", addr, err)
 	}
@@ -55,7 +56,7 @@ func (n *Network) ListenPacket(addr netip.AddrPort) (net.PacketConn, error) {
 		return nil, fmt.Errorf("listen on udp %s: %w", addr, err)
 	}
 	local := fullAddress(addr)
-	c, err := gonet.DialUDP(n.stack, &local, nil, ipv4.ProtocolNumber)
+	c, err := gonet.DialUDP(n.stack, &local, nil, protocol(addr.Addr()))
 	if err != nil {
 		return nil, fmt.Errorf("listen on udp %s: %w", addr, err)
 	}
@@ -80,12 +81,15 @@ func (n *Network) dial(ctx context.Context, from netip.Addr, network, addr strin
 	if err := n.claim(from); err != nil {
 		return nil, err
 	}
+	if from.Is4() != to.Addr().Is4() {
+		return nil, fmt.Errorf("%s is of another address family", to.Addr())
+	}
 	local, remote := fullAddress(netip.AddrPortFrom(from, 0)), fullAddress(to)
 	switch network {
-	case "tcp", "tcp4":
-		return gonet.DialTCPWithBind(ctx, n.stack, local, remote, ipv4.ProtocolNumber)
-	case "udp", "udp4":
-		return gonet.DialUDP(n.stack, &local, &remote, ipv4.ProtocolNumber)
+	case "tcp", "tcp4", "tcp6":
+		return gonet.DialTCPWithBind(ctx, n.stack, local, remote, protocol(from))
+	case "udp", "udp4", "udp6":
+		return gonet.DialUDP(n.stack, &local, &remote, protocol(from))
 	}
 	return nil, net.UnknownNetworkError(network)
 }
@@ -116,8 +120,14 @@ func (n *Network) ping(ctx context.Context, from, to netip.Addr) (time.Duration,
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
+	transport, echo := icmp.ProtocolNumber4, make([]byte, header.ICMPv4MinimumSize+56)
+	header.ICMPv4(echo).SetType(header.ICMPv4Echo)
+	if from.Is6() { // whose echo is as long, and differs in its type
+		transport = icmp.ProtocolNumber6
+		header.ICMPv6(echo).SetType(header.ICMPv6EchoRequest)
+	}
 	var wq waiter.Queue
-	ep, fail := n.stack.NewEndpoint(icmp.ProtocolNumber4, ipv4.ProtocolNumber, &wq)
+	ep, fail := n.stack.NewEndpoint(transport, protocol(from), &wq)
 	if fail != nil {
 		return 0, errors.New(fail.String())
 	}
@@ -131,10 +141,8 @@ func (n *Network) ping(ctx context.Context, from, to netip.Addr) (time.Duration,
 	}
 	defer context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })()
 
-	echo := make([]byte, header.ICMPv4MinimumSize+56) // the stack fills in the identifier, and so finds our answer
-	header.ICMPv4(echo).SetType(header.ICMPv4Echo)
 	start := time.Now()
-	_, err := conn.Write(echo)
+	_, err := conn.Write(echo) // the stack fills in the identifier, and so finds our answer
 	if err == nil {
 		_, err = conn.Read(echo)
 	}
@@ -164,10 +172,18 @@ func fullAddress(a netip.AddrPort) tcpip.FullAddress {
 	return tcpip.FullAddress{NIC: nicID, Addr: tcpip.AddrFromSlice(a.Addr().AsSlice()), Port: a.Port()}
 }
 
+// protocol is the network protocol of an address.
+func protocol(a netip.Addr) tcpip.NetworkProtocolNumber {
+	if a.Is4() {
+		return ipv4.ProtocolNumber
+	}
+	return ipv6.ProtocolNumber
+}
+
 func (n *Network) startStack() error {
 	n.stack = stack.New(stack.Options{
-		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol},
-		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4},
+		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
+		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6},
 		HandleLocal:        true, // from one lab address to another
 	})
 	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
@@ -180,19 +196,22 @@ func (n *Network) startStack() error {
 	if err := n.stack.CreateNIC(nicID, n.nic); err != nil {
 		return errors.New(err.String())
 	}
-	n.stack.SetRouteTable([]tcpip.Route{{Destination: header.IPv4EmptySubnet, NIC: nicID}})
+	n.stack.SetRouteTable([]tcpip.Route{{Destination: header.IPv4EmptySubnet, NIC: nicID}, {Destination: header.IPv6EmptySubnet, NIC: nicID}})
 	for _, s := range n.config.Subnets {
 		if err := n.claim(s.Gateway()); err != nil {
 			return err
 		}
+	}
+	if n.config.CIDR6.IsValid() {
+		return n.claim(Gateway6)
 	}
 	return nil
 }
 
 // claim makes an address the lab's own, for as long as the network lives.
 func (n *Network) claim(a netip.Addr) error {
-	if !a.Is4() || a.IsUnspecified() || a.IsMulticast() || a == limitedBroadcast {
-		return fmt.Errorf("address %s: want an IPv4 unicast address", a)
+	if !a.IsValid() || a.Is4In6() || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() || a == limitedBroadcast {
+		return fmt.Errorf("address %s: want a unicast address", a)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -207,7 +226,7 @@ func (n *Network) claim(a netip.Addr) error {
 		return fmt.Errorf("address %s: %s has it", a, owner.ENI)
 	}
 	err := n.stack.AddProtocolAddress(nicID, tcpip.ProtocolAddress{
-		Protocol:          ipv4.ProtocolNumber,
+		Protocol:          protocol(a),
 		AddressWithPrefix: tcpip.AddrFromSlice(a.AsSlice()).WithPrefix(),
 	}, stack.AddressProperties{})
 	if err != nil {
@@ -217,7 +236,7 @@ func (n *Network) claim(a netip.Addr) error {
 	return nil
 }
 
-// endpoint is the fabric as the stack sees it: an interface that takes IPv4 packets without a link header.
+// endpoint is the fabric as the stack sees it: an interface that takes IP packets without a link header.
 type endpoint struct {
 	network    *Network
 	dispatcher stack.NetworkDispatcher // set once, before anything is attached
@@ -228,6 +247,10 @@ func (n *Network) inject(packet []byte) {
 	n.lab.counts.rx.add(ethernetHeader + len(packet))
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(packet)})
 	defer pkt.DecRef()
+	if packet[0]>>4 == 6 {
+		n.nic.dispatcher.DeliverNetworkPacket(ipv6.ProtocolNumber, pkt)
+		return
+	}
 	n.nic.dispatcher.DeliverNetworkPacket(ipv4.ProtocolNumber, pkt)
 }
 
@@ -237,12 +260,18 @@ func (e *endpoint) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) 
 	for _, pkt := range pkts.AsSlice() {
 		view := pkt.ToView()
 		packet := view.AsSlice()
-		q := owners[netip.AddrFrom4([4]byte(packet[16:20]))]
+		var q *port
+		etherType := uint16(etherIPv4)
+		if packet[0]>>4 == 6 {
+			q, etherType = owners[netip.AddrFrom16([16]byte(packet[24:40]))], etherIPv6
+		} else {
+			q = owners[netip.AddrFrom4([4]byte(packet[16:20]))]
+		}
 		if q == nil || q == n.lab {
 			n.lab.drop(DropUnknown, nil)
 		} else {
 			n.lab.counts.tx.add(ethernetHeader + len(packet))
-			q.deliver(etherIPv4, packet)
+			q.deliver(etherType, packet)
 		}
 		view.Release()
 	}

@@ -2,7 +2,7 @@
 //
 // Every network interface of a machine is a port: a unix stream socket that one QEMU connects to, or a tap. The
 // fabric forwards by destination address, never by MAC: as in the real VPC there is one next hop, whose MAC answers
-// every ARP request, and a packet enters only when its source is assigned to the ENI it comes from. What does not
+// every ARP request and neighbour solicitation, and a packet enters only when its source is assigned to the ENI it comes from. What does not
 // fit is dropped and counted by reason, without an ICMP error. A packet keeps its TTL: the fabric is no hop.
 //
 // Services of the lab (metadata, DNS, NTP, cloud API, API server) live on a TCP/IP stack of the fabric's own, at VPC
@@ -10,7 +10,8 @@
 // primary ENIs, DNS and NTP are part of the network itself.
 //
 // It is not a switch (no MAC learning, no broadcast domain, no VLANs), not a security group, and not a way out: no
-// packet leaves the lab. It is IPv4 so far; IPv6 is dropped and counted.
+// packet leaves the lab. It carries IPv6 for the subnets that have a range of it, beside IPv4; DHCP and the addresses
+// of DNS and NTP are IPv4.
 package vpc
 
 import (
@@ -38,16 +39,18 @@ var fabricMAC = [6]byte{0xfe, 0xee, 0x0a, 0x00, 0x00, 0x01}
 // Config is what a VPC is made with.
 type Config struct {
 	CIDR    netip.Prefix
+	CIDR6   netip.Prefix // none: the VPC has no IPv6
 	Subnets []Subnet
 	Domain  string                // DHCP's domain name; none if empty
 	Hosts   map[string]netip.Addr // what DNS answers, as SetHosts says
 	Log     *slog.Logger          // default slog.Default()
 }
 
-// Subnet is a part of the VPC. Its first address is the gateway.
+// Subnet is a part of the VPC. Its first IPv4 address is the gateway; that of IPv6 is Gateway6.
 type Subnet struct {
-	ID   string
-	CIDR netip.Prefix
+	ID    string
+	CIDR  netip.Prefix
+	CIDR6 netip.Prefix // a /64; none: the subnet has no IPv6
 }
 
 // Gateway of the subnet: its first address, which answers ping.
@@ -58,7 +61,7 @@ type Port struct {
 	ENI      string
 	MAC      net.HardwareAddr
 	Subnet   string       // ID
-	Addrs    []netip.Addr // the primary address first
+	Addrs    []netip.Addr // the primary IPv4 address first; IPv6 ones among the others
 	Primary  bool         // DHCP is answered
 	Hostname string       // what DHCP calls the machine
 }
@@ -113,13 +116,22 @@ func (c *Config) validate() error {
 	if !c.CIDR.IsValid() || !c.CIDR.Addr().Is4() {
 		return fmt.Errorf("VPC CIDR %s: want an IPv4 prefix", c.CIDR)
 	}
+	if c.CIDR6.IsValid() && (c.CIDR6.Addr().Is4() || c.CIDR6.Addr().Is4In6() || c.CIDR6.Bits() > 64) {
+		return fmt.Errorf("VPC CIDR %s: want an IPv6 prefix of at most 64 bits", c.CIDR6)
+	}
 	for i, s := range c.Subnets {
 		if s.ID == "" || !s.CIDR.IsValid() || !c.CIDR.Contains(s.CIDR.Addr()) || s.CIDR.Bits() < c.CIDR.Bits() || s.CIDR.Bits() > 29 {
 			return fmt.Errorf("subnet %q %s: want an ID and a prefix of at most 29 bits inside %s", s.ID, s.CIDR, c.CIDR)
 		}
+		if s.CIDR6.IsValid() && (!c.CIDR6.Contains(s.CIDR6.Addr()) || s.CIDR6.Bits() != 64) {
+			return fmt.Errorf("subnet %s %s: want an IPv6 prefix of 64 bits inside %s", s.ID, s.CIDR6, c.CIDR6)
+		}
 		for _, t := range c.Subnets[:i] {
 			if s.ID == t.ID || s.CIDR.Overlaps(t.CIDR) {
 				return fmt.Errorf("subnet %s %s: overlaps %s %s", s.ID, s.CIDR, t.ID, t.CIDR)
+			}
+			if s.CIDR6.Overlaps(t.CIDR6) {
+				return fmt.Errorf("subnet %s %s: overlaps %s %s", s.ID, s.CIDR6, t.ID, t.CIDR6)
 			}
 		}
 	}
@@ -274,12 +286,19 @@ func (n *Network) checkAddrs(p *port, addrs []netip.Addr) error {
 	if len(addrs) == 0 {
 		return errors.New("no primary address")
 	}
+	if !addrs[0].Is4() {
+		return fmt.Errorf("address %s: the primary one is IPv4", addrs[0])
+	}
 	owners := *n.owners.Load()
 	for i, a := range addrs {
 		switch owner := owners[a]; {
-		case !p.subnet.CIDR.Contains(a):
+		case a.Is6() && p.subnet.CIDR6.IsValid() && !p.subnet.CIDR6.Contains(a):
+			return fmt.Errorf("address %s: not in subnet %s %s", a, p.subnet.ID, p.subnet.CIDR6)
+		case a.Is6() && a == p.subnet.CIDR6.Masked().Addr():
+			return fmt.Errorf("address %s: reserved in subnet %s", a, p.subnet.CIDR6)
+		case !p.subnet.CIDR6.Contains(a) && !p.subnet.CIDR.Contains(a):
 			return fmt.Errorf("address %s: not in subnet %s %s", a, p.subnet.ID, p.subnet.CIDR)
-		case a == p.subnet.CIDR.Masked().Addr() || a == broadcast(p.subnet.CIDR):
+		case a.Is4() && (a == p.subnet.CIDR.Masked().Addr() || a == broadcast(p.subnet.CIDR)):
 			return fmt.Errorf("address %s: reserved in subnet %s", a, p.subnet.CIDR)
 		case owner != nil && owner != p:
 			return fmt.Errorf("address %s: %s has it", a, owner.ENI)
