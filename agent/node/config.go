@@ -2,6 +2,7 @@ package node
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 )
 
@@ -81,6 +82,15 @@ const (
 	LayoutTKECompat Layout = "tke-compat" // two rules for each pod, as TKE's own agent makes them
 )
 
+// IPFamily is a version of IP, as Kubernetes writes it.
+type IPFamily string
+
+// The families.
+const (
+	IPv4 IPFamily = "IPv4"
+	IPv6 IPFamily = "IPv6"
+)
+
 // NetworkConfig says where the secondary ENIs, and so the pods' addresses, come from.
 type NetworkConfig struct {
 	Allocator        Allocator `json:"allocator,omitempty" yaml:"allocator"`     // default node
@@ -89,6 +99,9 @@ type NetworkConfig struct {
 	ENIs             int       `json:"enis,omitempty" yaml:"enis"`               // secondary ENIs at most; 0: the instance's quota
 	IPsPerENI        int       `json:"ipsPerENI,omitempty" yaml:"ipsPerENI"`     // pod addresses at most on each; 0: the instance's quota
 	WarmIPs          WarmIPs   `json:"warmIPs" yaml:"warmIPs"`
+	// IPFamilies are those that every pod has an address of, the same ENI's: IPv4, or
+	// IPv4 and IPv6. Default IPv4. A pod keeps what it was made with.
+	IPFamilies []IPFamily `json:"ipFamilies,omitempty" yaml:"ipFamilies"`
 	// NonMasqueradeCIDRs are the destinations that see a pod's own address; to all
 	// others a pod has the primary ENI's. Default: the private networks.
 	NonMasqueradeCIDRs []netip.Prefix `json:"nonMasqueradeCIDRs" yaml:"nonMasqueradeCIDRs"`
@@ -97,6 +110,9 @@ type NetworkConfig struct {
 	// name, that may ask the metadata service, which has the CAM role's credentials.
 	MetadataAccess []string `json:"metadataAccess,omitempty" yaml:"metadataAccess"`
 }
+
+// DualStack reports whether every pod gets an IPv6 address beside the IPv4 one.
+func (n NetworkConfig) DualStack() bool { return slices.Contains(n.IPFamilies, IPv6) }
 
 // PrivateNetworks are the destinations that see a pod's own address unless the
 // NodeConfig says otherwise: RFC 1918, of which every VPC's, peer's and data

@@ -172,6 +172,7 @@ func (v *validator) network(n *node.NetworkConfig) {
 	if n.Layout != node.LayoutMark && n.Layout != node.LayoutTKECompat {
 		v.problem("network.layout", "found %s, expected %s or %s", quote(string(n.Layout)), node.LayoutMark, node.LayoutTKECompat)
 	}
+	v.families(n.IPFamilies)
 	v.ranges("network.nonMasqueradeCIDRs", n.NonMasqueradeCIDRs)
 	v.between("network.metadataAccess", len(n.MetadataAccess), 0, maxRanges)
 	for i, pods := range n.MetadataAccess {
@@ -184,6 +185,21 @@ func (v *validator) network(n *node.NetworkConfig) {
 // podPattern is namespace/name, with * for any characters in the name only: who
 // may create pods in a namespace is known, who may create namespaces less so.
 var podPattern = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/[-a-z0-9.*]{1,253}$`)
+
+// families checks which families pods get addresses of. The node itself, and what
+// serves it, the API server first, know each other by IPv4.
+func (v *validator) families(families []node.IPFamily) {
+	const field = "network.ipFamilies"
+	if _, ok := v.present[field]; !ok || slices.Equal(families, []node.IPFamily{node.IPv4}) ||
+		slices.Equal(families, []node.IPFamily{node.IPv4, node.IPv6}) {
+		return
+	}
+	var text []string
+	for _, f := range families {
+		text = append(text, string(f))
+	}
+	v.problem(field, "found %s, expected [IPv4] or [IPv4, IPv6]; a node without IPv4 is not supported, and IPv4 comes first", quote("["+strings.Join(text, ", ")+"]"))
+}
 
 // maxRanges bounds a list of the network's.
 const maxRanges = 100
