@@ -32,6 +32,9 @@ const (
 	CodeThrottled               = "RequestLimitExceeded"
 )
 
+// FixIPv6Subnet is what to do about a subnet without an IPv6 range.
+const FixIPv6Subnet = "give the subnet an IPv6 range, write subnets that have one into network.subnetIDs, or leave IPv6 out of network.ipFamilies"
+
 // HasCode reports whether the code is code or a more exact form of it, as
 // LimitExceeded.ActionLimited is of LimitExceeded.
 func (e *APIError) HasCode(code string) bool {
@@ -73,6 +76,8 @@ var verdicts = []verdict{
 	{"AuthFailure.SecretIdNotFound", node.ClassTransient, "CredentialsExpired", ""},
 	{"AuthFailure.SignatureExpire", node.ClassWaiting, "ClockSkewed", "the clock of this node differs from the cloud's by more than 5 min: check NTP (timedatectl)"},
 	{"AuthFailure", node.ClassTerminal, "Unauthorized", "give the instance's CAM role the policy of tkenode"},
+	{"UnauthorizedOperation.AttachmentNotFound", node.ClassTransient, "NotAttached", ""}, // of UnassignIpv6Addresses
+	{"UnauthorizedOperation.PrimaryIp", node.ClassTerminal, "Unsupported", ""},
 	{"UnauthorizedOperation", node.ClassTerminal, "Unauthorized", "give the instance's CAM role the policy of tkenode"},
 	{"LimitExceeded.NetworkInterfaceLimitExceeded", node.ClassTerminal, "QuotaExceeded", "the VPC has as many ENIs as it may have: delete some, or have the quota raised"},
 	{"LimitExceeded.TagKeyExceeded", node.ClassTerminal, "TagQuotaExceeded", "the account has as many tags as it may have: delete some, or have the quota raised"},
@@ -85,6 +90,7 @@ var verdicts = []verdict{
 	{"UnsupportedOperation.VpcMismatch", node.ClassTerminal, "VPCMismatch", "write subnets of the instance's VPC into network.subnetIDs"},
 	{"UnsupportedOperation.ZoneMismatch", node.ClassTerminal, "ZoneMismatch", "write subnets of the instance's zone into network.subnetIDs"},
 	{"UnsupportedOperation.InstanceAssociateHavip", node.ClassTerminal, "HAVIPAssociated", "release the HAVIP that is bound to the instance"},
+	{"UnsupportedOperation.UnassignCidrBlock", node.ClassTerminal, "IPv6SubnetMissing", FixIPv6Subnet},
 	{"UnsupportedOperation", node.ClassTerminal, "Unsupported", ""},
 	{"InvalidParameter", node.ClassTerminal, "InvalidRequest", ""},
 	{"InvalidParameterValue", node.ClassTerminal, "InvalidRequest", ""},

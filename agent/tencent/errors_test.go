@@ -29,6 +29,8 @@ func TestAPIErrorClass(t *testing.T) {
 		"UnsupportedOperation.VpcMismatch":                 {node.ClassTerminal, "VPCMismatch"},
 		"UnsupportedOperation.ZoneMismatch":                {node.ClassTerminal, "ZoneMismatch"},
 		"UnsupportedOperation.InstanceAssociateHavip":      {node.ClassTerminal, "HAVIPAssociated"},
+		"UnsupportedOperation.UnassignCidrBlock":           {node.ClassTerminal, "IPv6SubnetMissing"},
+		"UnauthorizedOperation.AttachmentNotFound":         {node.ClassTransient, "NotAttached"},
 		"UnsupportedOperation":                             {node.ClassTerminal, "Unsupported"},
 		"LimitExceeded.TagKeyExceeded":                     {node.ClassTerminal, "TagQuotaExceeded"},
 		"LimitExceeded.TagNotEnoughQuota":                  {node.ClassTerminal, "TagQuotaExceeded"},

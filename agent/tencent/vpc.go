@@ -35,6 +35,7 @@ type ENI struct {
 	State          string      `json:"State"`
 	NewState       string      `json:"NetworkInterfaceState,omitempty"`
 	IPs            []IP        `json:"PrivateIpAddressSet"`
+	IP6s           []IP6       `json:"Ipv6AddressSet"`
 	Attachment     *Attachment `json:"Attachment"`
 	Tags           []Tag       `json:"TagSet"`
 	CreatedTime    string      `json:"CreatedTime"`
@@ -60,6 +61,14 @@ func (e ENI) AttachedTo(instanceID string) bool {
 // IP is an address of an ENI. It may be used only while it is AVAILABLE.
 type IP struct {
 	Addr    netip.Addr `json:"PrivateIpAddress"`
+	Primary bool       `json:"Primary"`
+	State   string     `json:"State,omitempty"`
+}
+
+// IP6 is an IPv6 address of an ENI. None is primary so far: the API has it that an
+// ENI's are all secondary.
+type IP6 struct {
+	Addr    netip.Addr `json:"Address"`
 	Primary bool       `json:"Primary"`
 	State   string     `json:"State,omitempty"`
 }
@@ -103,6 +112,7 @@ type Subnet struct {
 	ID           string       `json:"SubnetId"`
 	VPCID        string       `json:"VpcId"`
 	CIDR         netip.Prefix `json:"CidrBlock"`
+	CIDR6        netip.Prefix `json:"Ipv6CidrBlock"` // invalid: none
 	Zone         string       `json:"Zone"`
 	AvailableIPs int          `json:"AvailableIpAddressCount"`
 }
@@ -237,6 +247,38 @@ func (c *Client) UnassignIPs(ctx context.Context, eniID string, addrs []netip.Ad
 	}
 	var out answer
 	err := c.call(ctx, "vpc", "UnassignPrivateIpAddresses", in, &out)
+	return out.RequestId, err
+}
+
+// AssignIP6s assigns n IPv6 addresses to an ENI, at most 10 a call, and returns them,
+// PENDING, with the task that makes them AVAILABLE.
+func (c *Client) AssignIP6s(ctx context.Context, eniID string, n int, clientToken string) ([]IP6, string, error) {
+	in := struct {
+		NetworkInterfaceId string
+		Ipv6AddressCount   int
+		ClientToken        string
+	}{eniID, n, clientToken}
+	var out struct {
+		answer
+		Ipv6AddressSet []IP6
+	}
+	err := c.call(ctx, "vpc", "AssignIpv6Addresses", in, &out)
+	return out.Ipv6AddressSet, out.RequestId, err
+}
+
+// UnassignIP6s starts to take IPv6 addresses, at most 10 a call, from an ENI and
+// returns the task. The API has no ClientToken here.
+func (c *Client) UnassignIP6s(ctx context.Context, eniID string, addrs []netip.Addr) (string, error) {
+	type ip struct{ Address netip.Addr }
+	in := struct {
+		NetworkInterfaceId string
+		Ipv6Addresses      []ip
+	}{NetworkInterfaceId: eniID}
+	for _, a := range addrs {
+		in.Ipv6Addresses = append(in.Ipv6Addresses, ip{a})
+	}
+	var out answer
+	err := c.call(ctx, "vpc", "UnassignIpv6Addresses", in, &out)
 	return out.RequestId, err
 }
 
