@@ -3,6 +3,7 @@ package eni
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -26,10 +27,15 @@ func (p *Paths) forget(addrs []netip.Addr) error {
 	if err := nl.SetSocketTimeout(netlinkTimeout); err != nil {
 		return fmt.Errorf("open netlink: %w", err)
 	}
-	if _, err := dump(func() (uint, error) {
-		return nl.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, filter)
-	}); err != nil {
-		return fmt.Errorf("delete connection tracking entries: %w", err)
+	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
+		if !slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Is6() == (family == unix.AF_INET6) }) {
+			continue
+		}
+		if _, err := dump(func() (uint, error) {
+			return nl.ConntrackDeleteFilters(netlink.ConntrackTable, family, filter)
+		}); err != nil {
+			return fmt.Errorf("delete connection tracking entries: %w", err)
+		}
 	}
 	p.network.ledger.cleaned(addrs)
 	return nil

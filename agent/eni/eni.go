@@ -10,7 +10,14 @@
 //	nft map     saddr of a pod → slot of its ENI, as bits of the packet's mark
 //	rule 1536+s fwmark of slot s lookup 4001+s   table 4001+s: default through the ENI, else unreachable
 //
-// A connection that a pod opens to a destination outside of the VPC leaves by the
+// Where the NodeConfig has IPv6, every pod has an address of it, too, of the same ENI,
+// and all of the above is there once more for it. The differences: an IPv6 address is
+// the pod's own wherever its packets go, so there is no source NAT and all that a pod
+// opens leaves by the pod's ENI; whether the Internet is reached by it, the cloud
+// decides for each address. Nobody asks for a neighbour on a pod's link: both ends know
+// the other's MAC for good, and the host's has no address that pods could reach.
+//
+// A connection that a pod opens by IPv4 to a destination outside of the VPC leaves by the
 // primary ENI, which alone can have a public address, under that ENI's address.
 // A connection that came in by the primary ENI is answered by it.
 // The metadata service, which has the CAM role's credentials, answers only pods
@@ -56,6 +63,8 @@ type Cloud interface {
 	AttachENI(ctx context.Context, eniID, instanceID, clientToken string) (string, error)
 	AssignIPs(ctx context.Context, eniID string, n int, clientToken string) ([]tencent.IP, string, error)
 	UnassignIPs(ctx context.Context, eniID string, addrs []netip.Addr) (string, error)
+	AssignIP6s(ctx context.Context, eniID string, n int, clientToken string) ([]tencent.IP6, string, error)
+	UnassignIP6s(ctx context.Context, eniID string, addrs []netip.Addr) (string, error)
 	DetachENI(ctx context.Context, eniID, instanceID, clientToken string) (string, error)
 	DeleteENI(ctx context.Context, eniID string) (string, error)
 	TaskResult(ctx context.Context, taskID string) (tencent.Task, error)
@@ -217,7 +226,7 @@ func (s state) addresses(slot Slot, now time.Time) []AddressState {
 	for _, a := range slot.Leaving {
 		all = append(all, AddressState{Addr: a, State: "leaving"})
 	}
-	for _, a := range slot.Addrs {
+	for _, a := range slot.addrs() {
 		st := AddressState{Addr: a, State: "free"}
 		if until := s.restsUntil(a); until.After(now) {
 			st.State, st.Until = "cooling", until
@@ -228,12 +237,14 @@ func (s state) addresses(slot Slot, now time.Time) []AddressState {
 		if p.ENI != slot.ENI {
 			continue
 		}
-		i := slices.IndexFunc(all, func(a AddressState) bool { return a.Addr == p.Addr })
-		if i < 0 {
-			all = append(all, AddressState{Addr: p.Addr, State: "gone", Pod: p.String()})
-			continue
+		for _, addr := range p.addrs() {
+			i := slices.IndexFunc(all, func(a AddressState) bool { return a.Addr == addr })
+			if i < 0 {
+				all = append(all, AddressState{Addr: addr, State: "gone", Pod: p.String()})
+				continue
+			}
+			all[i] = AddressState{Addr: addr, State: "used", Pod: p.String()}
 		}
-		all[i] = AddressState{Addr: p.Addr, State: "used", Pod: p.String()}
 	}
 	return all
 }

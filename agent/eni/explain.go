@@ -22,8 +22,17 @@ type Question struct {
 
 // outside stands for all that is not of the VPC: it is reserved for documentation,
 // and routed as any address of the Internet is.
-// Source: RFC 5737
-var outside = netip.AddrFrom4([4]byte{192, 0, 2, 1})
+// Source: RFC 5737, RFC 3849
+var (
+	outside  = netip.AddrFrom4([4]byte{192, 0, 2, 1})
+	outside6 = netip.MustParseAddr("2001:db8::1")
+)
+
+// Explicable reports whether an address can be asked for: it is routed, and means the
+// same everywhere.
+func Explicable(a netip.Addr) bool {
+	return a.IsValid() && a.Zone() == "" && !a.Is4In6() && !a.IsMulticast() && !a.IsLoopback() && (a.Is4() || !a.IsLinkLocalUnicast())
+}
 
 // cloudPatience bounds what explaining waits for the cloud: whoever asks wants to
 // know soon, and what the kernel says does not depend on it.
@@ -136,13 +145,21 @@ type sight struct {
 	steps   []step // what differs from what is wanted for the pod
 	lacking bool   // something of it says which way packets go
 
-	dead   string  // why its network namespace cannot be looked into
-	inside routing // in the pod
-	veth   string  // empty: there is none
-	nft    bool    // our table is there
-	marked int     // slot that its address leads to; -1: none
+	dead   string             // why its network namespace cannot be looked into
+	inside []routing          // in the pod, one for each of its addresses
+	veth   string             // empty: there is none
+	nft    bool               // our table is there
+	marked map[netip.Addr]int // slot that an address of it leads to
 	ways   []way
-	snat   []string // chains of others that may change the source
+	snat   map[bool][]string // chains of others that may change the source; of IPv6
+}
+
+// address returns the pod's address of the family of another one.
+func (s *sight) address(as netip.Addr) netip.Addr {
+	if as.Is6() {
+		return s.pod.Addr6
+	}
+	return s.pod.Addr
 }
 
 // way is the routing of the first packet of a new connection, and of its answer.
@@ -168,7 +185,7 @@ func (n *Network) Explain(ctx context.Context, q Question) (Explanation, error) 
 		if q.Pod != "" {
 			return p.String() != q.Pod
 		}
-		return p.Addr != q.IP
+		return !p.has(q.IP)
 	})
 	if q.Pod != "" && len(pods) == 0 {
 		return out, fmt.Errorf("pod %s has no VPC address: %w; tkenode pods lists those that have; a pod with host networking has the node's", q.Pod, ErrNotHere)
@@ -189,6 +206,9 @@ func (n *Network) Explain(ctx context.Context, q Question) (Explanation, error) 
 	}
 	defer k.close()
 	for _, p := range pods {
+		if q.To.Is6() && !p.Addr6.IsValid() {
+			return out, fmt.Errorf("pod %s has no IPv6 address: %w", p, ErrNotHere)
+		}
 		seen, err := k.look(p, s, policyOf(sealed), q.To)
 		if err != nil {
 			return out, fmt.Errorf("look at pod %s: %w", p, err)

@@ -27,7 +27,7 @@ func (k *kernel) look(p Pod, s state, pol policy, to netip.Addr) (sight, error) 
 	sc := survey(s, links)
 	sc.policy = pol
 	slot := s.Slots[p.Slot]
-	out := sight{pod: p, pol: pol, slot: slot, device: sc.devices[slot.MAC], primary: sc.devices[pol.primaryMAC], marked: -1}
+	out := sight{pod: p, pol: pol, slot: slot, device: sc.devices[slot.MAC], primary: sc.devices[pol.primaryMAC], marked: map[netip.Addr]int{}, snat: map[bool][]string{}}
 
 	inside, err := k.observePod(p)
 	if err != nil {
@@ -43,14 +43,20 @@ func (k *kernel) look(p Pod, s state, pol policy, to netip.Addr) (sight, error) 
 		only.Slots[p.Slot] = slot
 	}
 	want := append(desired(only, sc), insideObjects(p)...)
-	have, err := k.observe(want, links)
+	for i, o := range want {
+		if t, ok := o.(table); ok {
+			t.dual = s.dual() // others may have what this one has not
+			want[i] = t
+		}
+	}
+	have, err := k.observe(want, links, only.dual())
 	if err != nil {
 		return out, err
 	}
 	out.steps = slices.DeleteFunc(diff(want, append(have, inside...)), func(st step) bool { return st.drop })
 	out.lacking = slices.ContainsFunc(out.steps, func(st step) bool {
 		switch st.object.(type) {
-		case rule, route, table, element:
+		case rule, route, table, element, neighbour:
 			return true
 		}
 		return false
@@ -60,8 +66,8 @@ func (k *kernel) look(p Pod, s state, pol policy, to netip.Addr) (sight, error) 
 		case table:
 			out.nft = true
 		case element:
-			if o.addr == p.Addr {
-				out.marked = o.slot
+			if p.has(o.addr) && o.slot >= 0 {
+				out.marked[o.addr] = o.slot
 			}
 		}
 	}
@@ -70,8 +76,10 @@ func (k *kernel) look(p Pod, s state, pol policy, to netip.Addr) (sight, error) 
 			out.veth = linkText(l)
 		}
 	}
-	if out.snat, err = k.snatChains(); err != nil {
-		return out, err
+	for _, a := range p.addrs() {
+		if out.snat[a.Is6()], err = k.snatChains(a.Is6()); err != nil {
+			return out, err
+		}
 	}
 	return out, k.follow(&out, to)
 }
@@ -87,27 +95,32 @@ func linkText(l netlink.Link) string {
 
 // follow asks the kernel for the routes of the pod's packets, and of an answer.
 func (k *kernel) follow(s *sight, to netip.Addr) error {
-	rules, err := k.rules()
-	if err != nil {
-		return err
-	}
 	targets := []netip.Addr{to}
 	if !to.IsValid() {
 		targets = []netip.Addr{s.slot.Gateway(), outside}
+		if s.pod.Addr6.IsValid() {
+			targets = append(targets, outside6)
+		}
 	}
 	targets = slices.DeleteFunc(targets, func(a netip.Addr) bool { return !a.IsValid() }) // a slot without a subnet
 	name, _, _ := vethOf(s.pod.Attachment)
 	for _, a := range targets {
-		w := way{out: routing{from: s.pod.Addr, to: a, iif: name}}
+		own := s.address(a)
+		rules, err := k.rules(a.Is6())
+		if err != nil {
+			return err
+		}
+		w := way{out: routing{from: own, to: a, iif: name}}
+		slot, marked := s.marked[own]
 		switch {
-		case !s.nft || s.marked < 0:
-		case s.pol.sees(a):
-			w.out.mark = slotMark(s.marked)
+		case !s.nft || !marked:
+		case a.Is6() || s.pol.sees(a):
+			w.out.mark = slotMark(slot)
 		default:
 			w.out.mark = primaryMark
 		}
 		w.out = k.lookup(rules, w.out)
-		w.back = routing{from: a, to: s.pod.Addr}
+		w.back = routing{from: a, to: own}
 		switch {
 		case w.out.local: // the node itself answers
 		case w.out.toPod():
@@ -129,15 +142,27 @@ func (k *kernel) follow(s *sight, to netip.Addr) error {
 		s.dead = err.Error() // it has just ended
 		return nil
 	}
-	s.inside = ask(pod.nl, routing{to: append(targets, outside)[0]})
+	for _, a := range s.pod.addrs() {
+		beyond := outside
+		if a.Is6() {
+			beyond = outside6
+		}
+		if i := slices.IndexFunc(targets, func(t netip.Addr) bool { return t.Is6() == a.Is6() }); i >= 0 {
+			beyond = targets[i]
+		}
+		s.inside = append(s.inside, ask(pod.nl, routing{to: beyond}))
+	}
 	return nil
 }
 
 // rules returns the routing rules in the order in which the kernel goes through them.
-func (k *kernel) rules() ([]netlink.Rule, error) {
-	rules, err := dump(func() ([]netlink.Rule, error) { return k.nl.RuleList(netlink.FAMILY_V4) })
+func (k *kernel) rules(six bool) ([]netlink.Rule, error) {
+	rules, err := dump(func() ([]netlink.Rule, error) { return k.nl.RuleList(familyOf(six)) })
 	if err != nil {
 		return nil, fmt.Errorf("list rules: %w", err)
+	}
+	for i := range rules {
+		rules[i].Family = familyOf(six)
 	}
 	slices.SortStableFunc(rules, func(a, b netlink.Rule) int { return cmp.Compare(a.Priority, b.Priority) })
 	return rules, nil
@@ -152,7 +177,7 @@ func (k *kernel) lookup(rules []netlink.Rule, l routing) routing {
 		}
 		l.table = r.Table
 		r.Priority = max(r.Priority, 0)
-		l.rule = strings.TrimPrefix(ruleOf(r).key(), "rule ")
+		_, l.rule, _ = strings.Cut(ruleOf(r).key(), " ")
 		return l
 	}
 	return l
@@ -202,7 +227,7 @@ func (l *routing) resolve(nl *netlink.Handle, index int) {
 	if l.gateway.IsValid() {
 		hop = l.gateway
 	}
-	all, err := dump(func() ([]netlink.Neigh, error) { return nl.NeighList(index, netlink.FAMILY_V4) })
+	all, err := dump(func() ([]netlink.Neigh, error) { return nl.NeighList(index, familyOf(hop.Is6())) })
 	if err != nil {
 		return
 	}
@@ -240,14 +265,18 @@ func selects(r netlink.Rule, l routing) bool {
 // answers reports whether a table has a route for an address, be it that there is none.
 func (k *kernel) answers(table int, to netip.Addr) bool {
 	routes, err := dump(func() ([]netlink.Route, error) {
-		return k.nl.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+		return k.nl.RouteListFiltered(familyOf(to.Is6()), &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
 	})
 	return err == nil && slices.ContainsFunc(routes, func(r netlink.Route) bool { return r.Dst == nil || r.Dst.Contains(to.AsSlice()) })
 }
 
 // snatChains returns the chains of others that see a packet when its source may be
 // changed.
-func (k *kernel) snatChains() ([]string, error) {
+func (k *kernel) snatChains(six bool) ([]string, error) {
+	family := nftables.TableFamilyIPv4
+	if six {
+		family = nftables.TableFamilyIPv6
+	}
 	c, err := k.nft.begin()
 	if err != nil {
 		return nil, err
@@ -261,8 +290,8 @@ func (k *kernel) snatChains() ([]string, error) {
 		if c.Table.Name == nftTable && c.Table.Family == nftables.TableFamilyINet {
 			continue
 		}
-		v4 := c.Table.Family == nftables.TableFamilyIPv4 || c.Table.Family == nftables.TableFamilyINet
-		if v4 && c.Type == nftables.ChainTypeNAT && c.Hooknum != nil && *c.Hooknum == *nftables.ChainHookPostrouting {
+		sees := c.Table.Family == family || c.Table.Family == nftables.TableFamilyINet
+		if sees && c.Type == nftables.ChainTypeNAT && c.Hooknum != nil && *c.Hooknum == *nftables.ChainHookPostrouting {
 			out = append(out, fmt.Sprintf("%s in table %s", c.Name, c.Table.Name))
 		}
 	}
@@ -275,11 +304,11 @@ func (k *kernel) traceAddress(a netip.Addr, s state, cloud answered, sealed node
 	if err != nil {
 		return Trace{}, err
 	}
-	have, err := k.observe(nil, links)
+	have, err := k.observe(nil, links, true)
 	if err != nil {
 		return Trace{}, err
 	}
-	rules, err := k.rules()
+	rules, err := k.rules(a.Is6())
 	if err != nil {
 		return Trace{}, err
 	}
@@ -287,9 +316,9 @@ func (k *kernel) traceAddress(a netip.Addr, s state, cloud answered, sealed node
 	ledger := Hop{Name: "ledger", Text: "no ENI has it, and no pod"}
 	for _, slot := range s.slots() {
 		switch {
-		case a == slot.Primary:
+		case a == slot.Primary || a == slot.Primary6:
 			ledger.Text = fmt.Sprintf("%s's own, in slot %d; pods are never given it", slot.ENI, slot.Number)
-		case slices.Contains(slot.Addrs, a):
+		case slices.Contains(slot.addrs(), a):
 			ledger.Text = fmt.Sprintf("an address of %s in slot %d, no pod has it", slot.ENI, slot.Number)
 			if until := s.restsUntil(a); until.After(now) {
 				ledger.Text += fmt.Sprintf("; it rests until %s", until.UTC().Format(time.RFC3339))
@@ -326,6 +355,10 @@ func (k *kernel) traceAddress(a netip.Addr, s state, cloud answered, sealed node
 		case foundRule:
 			if o.priority < primaryPriority && (o.from == a || o.to == a) {
 				left.problem(doWait, "a rule has it: %s", text(o))
+			}
+		case foundNeighbour:
+			if o.addr == a {
+				left.problem(doWait, "a neighbour entry has it: %s", text(o))
 			}
 		case permit:
 			if o.addr == a {

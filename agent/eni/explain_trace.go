@@ -15,7 +15,7 @@ import (
 // trace tells the way of the pod's packets.
 func (s sight) trace(cloud answered, sealed node.Sealed) Trace {
 	p := s.pod
-	t := Trace{Title: fmt.Sprintf("%s  %s  container %.12s  %s of slot %d", p, p.Addr, p.ContainerID, p.ENI, p.Slot)}
+	t := Trace{Title: fmt.Sprintf("%s  %s  container %.12s  %s of slot %d", p, listed(p.addrs()), p.ContainerID, p.ENI, p.Slot)}
 	if s.dead != "" {
 		h := Hop{Name: "interface", Text: s.dead}
 		h.problem("the runtime's DEL, or the agent in its place, takes the rest away; if it stays: crictl pods",
@@ -25,8 +25,8 @@ func (s sight) trace(cloud answered, sealed node.Sealed) Trace {
 	}
 	t.Legs = append(t.Legs, s.leaving())
 	// Without a mark, and with our table in place, a packet goes no further.
-	if s.marked >= 0 || !s.nft {
-		for _, w := range s.ways {
+	for _, w := range s.ways {
+		if _, marked := s.marked[w.out.from]; marked || !s.nft {
 			t.Legs = append(t.Legs, s.sent(w.out))
 		}
 	}
@@ -48,33 +48,50 @@ func (s sight) trace(cloud answered, sealed node.Sealed) Trace {
 func (s *sight) leaving() Leg {
 	p := s.pod
 	name, hostMAC, podMAC := vethOf(p.Attachment)
-	inside := Hop{Name: "interface", Text: fmt.Sprintf("%s %s, MAC %s, MTU %d", p.IfName, p.Addr, podMAC, p.MTU)}
-	next := Hop{Name: "next hop", Text: s.inside.String()}
-	veth, link := veth{pod: p}, link{dev: name, mac: hostMAC, mtu: p.MTU}
-	inside.Problems = s.claims(doRestart, podLink{pod: p}, podAddress{pod: p})
-	next.Problems = s.claims(doRestart, podRoute{pod: p, dst: podGateway}, podRoute{pod: p}, podNeighbour{pod: p})
-	if s.inside.neighbour != "" {
-		next.Text += ", " + s.inside.neighbour
+	inside := Hop{Name: "interface", Text: fmt.Sprintf("%s %s, MAC %s, MTU %d", p.IfName, listed(p.addrs()), podMAC, p.MTU)}
+	inside.Problems = s.claims(doRestart, podLink{pod: p}, podAddress{pod: p, addr: p.Addr}, podAddress{pod: p, addr: p.Addr6})
+	hops := []Hop{inside}
+	for i, a := range p.addrs() {
+		next := Hop{Name: "next hop", Text: "the pod has ended"}
+		if i < len(s.inside) {
+			next.Text = s.inside[i].String()
+			if known := s.inside[i].neighbour; known != "" {
+				next.Text += ", " + known
+			}
+		}
+		six := a.Is6()
+		next.Problems = s.claims(doRestart, podRoute{pod: p, six: six, dst: gatewayOf(six)}, podRoute{pod: p, six: six}, podNeighbour{pod: p, six: six})
+		hops = append(hops, next)
 	}
+	veth, link := veth{pod: p}, link{dev: name, mac: hostMAC, mtu: p.MTU}
 	host := Hop{Name: "veth", Text: s.veth, Problems: s.claims(doWait, veth, link)}
 	if s.veth == "" {
 		host.Text = "none"
 	}
-	mark := Hop{Name: "nft pods", Problems: s.claims(doWait, table{}, element{addr: p.Addr})}
-	switch {
-	case !s.nft:
-		mark.Text = "no table inet " + nftTable + ": the packet gets no mark"
-	case s.marked < 0:
-		mark.Text = fmt.Sprintf("%s leads to no slot: the packet is dropped here", p.Addr)
-	default:
-		mark.Text = fmt.Sprintf("%s → slot %d, mark %#x/%#x", p.Addr, s.marked, slotMark(s.marked), markMask)
+	hops = append(hops, host)
+	for _, a := range p.addrs() {
+		mark := Hop{Name: "nft pods" + family(a.Is6()), Problems: s.claims(doWait, table{}, element{addr: a})}
+		slot, marked := s.marked[a]
+		switch {
+		case !s.nft:
+			mark.Text = "no table inet " + nftTable + ": the packet gets no mark"
+		case !marked:
+			mark.Text = fmt.Sprintf("%s leads to no slot: the packet is dropped here", a)
+		default:
+			mark.Text = fmt.Sprintf("%s → slot %d, mark %#x/%#x", a, slot, slotMark(slot), markMask)
+		}
+		hops = append(hops, mark)
 	}
-	return Leg{Title: "out of the pod", Hops: []Hop{inside, next, host, mark}}
+	return Leg{Title: "out of the pod", Hops: hops}
 }
 
 // sent is the way of one packet through the node's routing.
 func (s *sight) sent(l routing) Leg {
-	tbl := slotTable + s.pod.Slot
+	tbl, six := slotTable+s.pod.Slot, l.to.Is6()
+	own := s.slot.Primary
+	if six {
+		own = s.slot.Primary6
+	}
 	leg := Leg{Title: fmt.Sprintf("to %s%s", l.to, s.known(l.to))}
 	if l.mark == primaryMark {
 		leg.Hops = append(leg.Hops, Hop{Name: "nft pods", Text: fmt.Sprintf(
@@ -82,14 +99,14 @@ func (s *sight) sent(l routing) Leg {
 	}
 	r := Hop{Name: "rule", Text: l.rule, Problems: s.claim(doWait, func(o object) bool {
 		r, ok := o.(rule)
-		return ok && r.from != s.slot.Primary || ok && !r.from.IsValid()
+		return ok && r.six == six && (r.from != own || !r.from.IsValid())
 	})}
 	if l.rule == "" {
 		r.Text = "none leads to a route"
 	}
 	hop := Hop{Name: "table " + tableName(l.table), Text: l.String(), Problems: s.claim(doWait, func(o object) bool {
 		r, ok := o.(route)
-		return ok && r.table == tbl
+		return ok && r.six == six && r.table == tbl
 	})}
 	table, dev := tbl, s.device.name
 	if l.mark == primaryMark {
@@ -114,7 +131,7 @@ func (s *sight) sent(l routing) Leg {
 	if l.gateway.IsValid() && l.neighbour != "" {
 		h := Hop{Name: "gateway", Text: l.neighbour}
 		if l.failed {
-			h.problem("see whether the cloud shows the ENI as attached; tkenode eni", "%s does not answer ARP on %s", l.gateway, l.dev)
+			h.problem("see whether the cloud shows the ENI as attached; tkenode eni", "%s does not answer %s on %s", l.gateway, asking(l.gateway), l.dev)
 		}
 		leg.Hops = append(leg.Hops, h)
 	}
@@ -144,18 +161,18 @@ func (s *sight) guarded() Hop {
 
 // translated is the source that a packet has when it leaves the node.
 func (s *sight) translated(l routing) Hop {
-	h := Hop{Name: "SNAT"}
+	h, own := Hop{Name: "SNAT"}, s.address(l.to)
 	switch {
 	case s.nft && l.mark == primaryMark && l.dev == s.primary.name:
 		h.Text = fmt.Sprintf("it leaves as %s, the node's own", s.pol.primary)
 		return h
-	case len(s.snat) > 0:
-		h.Text = fmt.Sprintf("it leaves as %s, unless these chains say otherwise: %s", s.pod.Addr, strings.Join(s.snat, ", "))
+	case len(s.snat[own.Is6()]) > 0:
+		h.Text = fmt.Sprintf("it leaves as %s, unless these chains say otherwise: %s", own, strings.Join(s.snat[own.Is6()], ", "))
 	default:
-		h.Text = fmt.Sprintf("none, it leaves as %s", s.pod.Addr)
+		h.Text = fmt.Sprintf("none, it leaves as %s", own)
 	}
 	if s.device.name != l.dev {
-		h.problem("put the route right, see above", "the VPC drops %s on %s: it is an address of %s", s.pod.Addr, l.dev, s.pod.ENI)
+		h.problem("put the route right, see above", "the VPC drops %s on %s: it is an address of %s", own, l.dev, s.pod.ENI)
 	}
 	return h
 }
@@ -165,7 +182,7 @@ func (s *sight) known(a netip.Addr) string {
 	switch {
 	case a == s.slot.Gateway():
 		return ", the subnet's gateway"
-	case a == outside:
+	case a == outside || a == outside6:
 		return ", an address outside of the VPC"
 	case a == metadataAddr:
 		return ", the metadata service"
@@ -216,7 +233,9 @@ func (s *sight) assigned(cloud answered, sealed node.Sealed) Hop {
 	if want := sealed.Config.Network.SecurityGroupIDs; len(want) > 0 && !sameSet(want, e.SecurityGroups) {
 		h.problem("somebody has changed them in the cloud: change them back, or the NodeConfig", "the NodeConfig's security groups are %s", strings.Join(want, ", "))
 	}
-	h.Problems = append(h.Problems, addressProblems(p.Addr, p.ENI, cloud)...)
+	for _, a := range p.addrs() {
+		h.Problems = append(h.Problems, addressProblems(a, p.ENI, cloud)...)
+	}
 	return h
 }
 
@@ -235,12 +254,25 @@ func addressProblems(a netip.Addr, eni string, cloud answered) []Problem {
 	return nil
 }
 
+// asking is how a MAC is asked for.
+func asking(a netip.Addr) string {
+	if a.Is6() {
+		return "neighbour discovery"
+	}
+	return "ARP"
+}
+
 // owner returns which ENI of the instance has an address.
 func (c answered) owner(a netip.Addr) (string, tencent.IP) {
 	for _, e := range c.enis {
 		for _, ip := range e.IPs {
 			if ip.Addr == a {
 				return e.ID, ip
+			}
+		}
+		for _, ip := range e.IP6s {
+			if ip.Addr == a {
+				return e.ID, tencent.IP(ip)
 			}
 		}
 	}
@@ -265,7 +297,7 @@ func (s *sight) returning(l routing) Leg {
 	if l.rule == "" {
 		r.Text = "none leads to a route"
 	}
-	hop := Hop{Name: "table " + tableName(l.table), Text: l.String(), Problems: s.claims(doWait, route{table: table, dst: s.pod.Addr})}
+	hop := Hop{Name: "table " + tableName(l.table), Text: l.String(), Problems: s.claims(doWait, route{table: table, six: l.to.Is6(), dst: l.to}, neighbour{dev: name, addr: l.to})}
 	switch {
 	case l.refused != "":
 		hop.problem(s.doOf(), "the answer goes nowhere")
@@ -278,7 +310,7 @@ func (s *sight) returning(l routing) Leg {
 	if l.neighbour != "" {
 		h := Hop{Name: "pod", Text: l.neighbour}
 		if l.failed {
-			h.problem(doRestart, "the pod does not answer ARP for %s; its MAC should be %s", s.pod.Addr, podMAC)
+			h.problem(doRestart, "the pod does not answer %s for %s; its MAC should be %s", asking(l.to), l.to, podMAC)
 		}
 		hops = append(hops, h)
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/tkenode/tkenode/agent/eni/cni"
+	"github.com/tkenode/tkenode/agent/node"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -119,9 +120,9 @@ func survey(s state, links []netlink.Link) scene {
 	return sc
 }
 
-// observe returns everything of ours that is in the kernel, and the state of
-// whatever else is in want.
-func (k *kernel) observe(want []object, links []netlink.Link) ([]object, error) {
+// observe returns everything of ours that is in the kernel, of IPv6 if six, and the
+// state of whatever else is in want.
+func (k *kernel) observe(want []object, links []netlink.Link, six bool) ([]object, error) {
 	var have []object
 	names := map[int]string{}
 	for _, l := range links {
@@ -129,10 +130,11 @@ func (k *kernel) observe(want []object, links []netlink.Link) ([]object, error) 
 	}
 	for _, find := range []func() ([]object, error){
 		func() ([]object, error) { return findSettings(want, links) },
-		func() ([]object, error) { return k.findAddresses(names) },
-		func() ([]object, error) { return k.findRules() },
-		func() ([]object, error) { return k.nft.find(want) },
-		func() ([]object, error) { return k.findRoutes(names) },
+		func() ([]object, error) { return k.findAddresses(want, links, names, six) },
+		func() ([]object, error) { return k.findRules(six) },
+		func() ([]object, error) { return k.nft.find(want, six) },
+		func() ([]object, error) { return k.findRoutes(names, six) },
+		func() ([]object, error) { return k.findNeighbours(links, six) },
 		func() ([]object, error) { return findVeths(links), nil },
 	} {
 		found, err := find()
@@ -161,6 +163,17 @@ func findSettings(want []object, links []netlink.Link) ([]object, error) {
 			default:
 				have = append(have, sysctl{o.path, strings.TrimSpace(string(value))})
 			}
+		case forwarding6:
+			value, err := os.ReadFile(forwarding6Path)
+			if os.IsNotExist(err) {
+				return nil, node.Terminal("IPv6Disabled", "take ipv6.disable=1 from the kernel's command line, or leave IPv6 out of network.ipFamilies",
+					errors.New("the kernel has no IPv6"))
+			}
+			if err != nil {
+				return nil, fmt.Errorf("read sysctl: %w", err)
+			}
+			o.value = strings.TrimSpace(string(value))
+			have = append(have, o)
 		case link:
 			for _, l := range links {
 				if a := l.Attrs(); a.Name == o.dev {
@@ -188,41 +201,30 @@ func withoutIPv6() bool {
 	return os.IsNotExist(err)
 }
 
-func (k *kernel) findAddresses(names map[int]string) ([]object, error) {
-	all, err := dump(func() ([]netlink.Addr, error) { return k.nl.AddrList(nil, netlink.FAMILY_V4) })
-	if err != nil {
-		return nil, fmt.Errorf("list addresses: %w", err)
-	}
+func (k *kernel) findRules(six bool) ([]object, error) {
 	var have []object
-	for _, a := range all {
-		if ones, _ := a.Mask.Size(); ones == 32 {
-			have = append(have, address{dev: names[a.LinkIndex], addr: addrOf(a.IP)})
+	for _, family := range families(six) {
+		all, err := dump(func() ([]netlink.Rule, error) { return k.nl.RuleList(family) })
+		if err != nil {
+			return nil, fmt.Errorf("list rules: %w", err)
 		}
-	}
-	return have, nil
-}
-
-func (k *kernel) findRules() ([]object, error) {
-	all, err := dump(func() ([]netlink.Rule, error) { return k.nl.RuleList(netlink.FAMILY_V4) })
-	if err != nil {
-		return nil, fmt.Errorf("list rules: %w", err)
-	}
-	var have []object
-	for _, r := range all {
-		if r.Protocol != protocol {
-			continue
+		for _, r := range all {
+			if r.Protocol != protocol {
+				continue
+			}
+			r.Family = family
+			have = append(have, ruleOf(r))
 		}
-		have = append(have, ruleOf(r))
 	}
 	return have, nil
 }
 
 func ruleOf(r netlink.Rule) foundRule {
-	o := rule{priority: r.Priority, from: hostOf(r.Src), to: hostOf(r.Dst), mark: r.Mark, table: r.Table, foreign: otherSelectors(r)}
+	o := rule{priority: r.Priority, six: r.Family == netlink.FAMILY_V6, from: hostOf(r.Src), to: hostOf(r.Dst), mark: r.Mark, table: r.Table, foreign: otherSelectors(r)}
 	return foundRule{o, r}
 }
 
-// hostOf returns the address of a /32, and nothing of other prefixes.
+// hostOf returns the address of a /32 or /128, and nothing of other prefixes.
 func hostOf(n *net.IPNet) netip.Addr {
 	if n == nil {
 		return netip.Addr{}
@@ -273,7 +275,7 @@ func (o foundRule) drop(k *kernel) error { return ignore(k.nl.RuleDel(&o.raw), u
 
 func (o rule) netlink() *netlink.Rule {
 	r := netlink.NewRule()
-	r.Family, r.Priority, r.Table, r.Protocol = netlink.FAMILY_V4, o.priority, o.table, protocol
+	r.Family, r.Priority, r.Table, r.Protocol = familyOf(o.six), o.priority, o.table, protocol
 	if o.from.IsValid() {
 		r.Src = ipNet(o.from)
 	}
@@ -292,17 +294,19 @@ func (o rule) put(k *kernel) error { return ignore(k.nl.RuleAdd(o.netlink()), un
 // drop removes the rule of a pod, on the way of a DEL.
 func (o rule) drop(k *kernel) error { return ignore(k.nl.RuleDel(o.netlink()), unix.ENOENT) }
 
-func (k *kernel) findRoutes(names map[int]string) ([]object, error) {
-	all, err := dump(func() ([]netlink.Route, error) {
-		return k.nl.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
-	})
-	if err != nil {
-		return nil, fmt.Errorf("list routes: %w", err)
-	}
+func (k *kernel) findRoutes(names map[int]string, six bool) ([]object, error) {
 	var have []object
-	for _, r := range all {
-		if r.Protocol == protocol || r.Table >= podTable && r.Table < slotTable+maxSlots {
-			have = append(have, routeOf(r, names))
+	for _, family := range families(six) {
+		all, err := dump(func() ([]netlink.Route, error) {
+			return k.nl.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		})
+		if err != nil {
+			return nil, fmt.Errorf("list routes: %w", err)
+		}
+		for _, r := range all {
+			if r.Protocol == protocol || r.Table >= podTable && r.Table < slotTable+maxSlots {
+				have = append(have, routeOf(r, names))
+			}
 		}
 	}
 	return have, nil
@@ -317,17 +321,20 @@ type foundRoute struct {
 func (o foundRoute) drop(k *kernel) error { return ignore(k.nl.RouteDel(&o.raw), unix.ESRCH) }
 
 func routeOf(r netlink.Route, names map[int]string) foundRoute {
-	o := route{table: r.Table, metric: uint32(r.Priority), dev: names[r.LinkIndex], unreachable: r.Type == unix.RTN_UNREACHABLE}
-	var bits int
+	o := route{table: r.Table, six: r.Family == netlink.FAMILY_V6, metric: uint32(r.Priority), dev: names[r.LinkIndex], unreachable: r.Type == unix.RTN_UNREACHABLE}
+	if o.six && o.metric == defaultMetric6 {
+		o.metric = 0
+	}
+	var bits, size int
 	if r.Dst != nil {
-		if bits, _ = r.Dst.Mask.Size(); bits != 0 {
+		if bits, size = r.Dst.Mask.Size(); bits != 0 {
 			o.dst = addrOf(r.Dst.IP)
 		}
 	}
 	if r.Gw != nil {
 		o.gateway = addrOf(r.Gw)
 	}
-	canonical := r.Protocol == protocol && r.Src == nil && len(r.MultiPath) == 0 && (bits == 0 || bits == 32) &&
+	canonical := r.Protocol == protocol && r.Src == nil && len(r.MultiPath) == 0 && (bits == 0 || bits == size) &&
 		(o.unreachable || r.Type == unix.RTN_UNICAST) && (r.Gw == nil || r.Flags&int(netlink.FLAG_ONLINK) != 0)
 	if !canonical {
 		o.foreign = strings.TrimSuffix(strings.TrimPrefix(r.String(), "{"), "}")
@@ -335,8 +342,12 @@ func routeOf(r netlink.Route, names map[int]string) foundRoute {
 	return foundRoute{o, r}
 }
 
+// defaultMetric6 is the metric that the kernel gives an IPv6 route without one.
+// Source: IP6_RT_PRIO_USER in the kernel's include/uapi/linux/ipv6_route.h
+const defaultMetric6 = 1024
+
 func (o route) put(k *kernel) error {
-	r := netlink.Route{Family: netlink.FAMILY_V4, Table: o.table, Protocol: protocol, Priority: int(o.metric), Dst: ipNet(o.dst)}
+	r := netlink.Route{Family: familyOf(o.six), Table: o.table, Protocol: protocol, Priority: int(o.metric), Dst: prefixOf(o.dst, o.six)}
 	if o.unreachable {
 		r.Type = unix.RTN_UNREACHABLE
 		return k.nl.RouteReplace(&r)
@@ -355,7 +366,7 @@ func (o route) put(k *kernel) error {
 
 // drop removes the route by its destination, on the way of a DEL.
 func (o route) drop(k *kernel) error {
-	r := netlink.Route{Family: netlink.FAMILY_V4, Table: o.table, Protocol: protocol, Priority: int(o.metric), Dst: ipNet(o.dst), Scope: netlink.SCOPE_NOWHERE}
+	r := netlink.Route{Family: familyOf(o.six), Table: o.table, Protocol: protocol, Priority: int(o.metric), Dst: prefixOf(o.dst, o.six), Scope: netlink.SCOPE_NOWHERE}
 	return ignore(k.nl.RouteDel(&r), unix.ESRCH)
 }
 
@@ -401,15 +412,23 @@ func (o address) put(k *kernel) error {
 	if err != nil {
 		return err
 	}
-	return ignore(k.nl.AddrAdd(l, &netlink.Addr{IPNet: ipNet(o.addr), Scope: int(netlink.SCOPE_LINK)}), unix.EEXIST)
+	return ignore(k.nl.AddrAdd(l, addrNow(o.addr, netlink.SCOPE_LINK)), unix.EEXIST)
 }
 
-// ipNet returns the address as a /32, or the default route's destination.
+// ipNet returns the address as a /32 or /128.
 func ipNet(a netip.Addr) *net.IPNet {
-	if !a.IsValid() {
-		return &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
+	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
+}
+
+// prefixOf returns the destination of a route, the default route's for no address.
+func prefixOf(a netip.Addr, six bool) *net.IPNet {
+	switch {
+	case a.IsValid():
+		return ipNet(a)
+	case six:
+		return &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
 	}
-	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(32, 32)}
+	return &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
 }
 
 func addrOf(ip net.IP) netip.Addr {

@@ -32,13 +32,18 @@ type Slot struct {
 	Subnet  netip.Prefix `json:"subnet,omitzero"`
 	Primary netip.Addr   `json:"primary,omitzero"` // of the ENI; not given to pods
 	Addrs   []netip.Addr `json:"addrs,omitempty"`  // those that pods may have, in order
+	// The same of IPv6, where pods get it. The API knows no primary one: the first is
+	// kept, for what the node itself has to say on the ENI.
+	Subnet6  netip.Prefix `json:"subnet6,omitzero"`
+	Primary6 netip.Addr   `json:"primary6,omitzero"`
+	Addrs6   []netip.Addr `json:"addrs6,omitempty"`
 
 	// Intent is the call that is being made or whose outcome is not known.
 	Intent Step      `json:"intent,omitempty"`
 	Since  time.Time `json:"since,omitzero"`
 	// Target is how many addresses for pods the ENI has after a creation or an
-	// assignment, SubnetID where it is created: a creation of which nothing was
-	// heard is repeated to the letter.
+	// assignment, or how many of IPv6 in all after one of those; SubnetID where it is
+	// created: a creation of which nothing was heard is repeated to the letter.
 	Target   int    `json:"target,omitempty"`
 	SubnetID string `json:"subnetID,omitempty"`
 	// Leaving are the addresses that are being given back: no pod gets them, though
@@ -55,16 +60,21 @@ type Step string
 
 // The calls, in the order of an ENI's life.
 const (
-	stepCreate   Step = "create"
-	stepAttach   Step = "attach"
-	stepAssign   Step = "assign"
-	stepUnassign Step = "unassign"
-	stepDetach   Step = "detach"
-	stepDelete   Step = "delete"
+	stepCreate    Step = "create"
+	stepAttach    Step = "attach"
+	stepAssign    Step = "assign"
+	stepUnassign  Step = "unassign"
+	stepAssign6   Step = "assign6"
+	stepUnassign6 Step = "unassign6"
+	stepDetach    Step = "detach"
+	stepDelete    Step = "delete"
 )
 
 // taken reports whether an ENI has ever been seen attached in the slot.
 func (s Slot) taken() bool { return s.MAC != "" }
+
+// addrs are the addresses that pods may have, of both families.
+func (s Slot) addrs() []netip.Addr { return slices.Concat(s.Addrs, s.Addrs6) }
 
 // Gateway is the first address of the subnet.
 // Source: https://cloud.tencent.com/document/product/215/20046
@@ -77,6 +87,7 @@ type Pod struct {
 	Name      string     `json:"name"`
 	NetNS     string     `json:"netns"`
 	Addr      netip.Addr `json:"addr"`
+	Addr6     netip.Addr `json:"addr6,omitzero"` // invalid: the pod has none
 	Slot      int        `json:"slot"`
 	ENI       string     `json:"eni"`
 	MTU       int        `json:"mtu"`
@@ -87,10 +98,30 @@ type Pod struct {
 
 func (p Pod) String() string { return p.Namespace + "/" + p.Name }
 
-// rest ends an attachment: its address rests until a time.
+// addrs are the pod's addresses.
+func (p Pod) addrs() []netip.Addr {
+	if p.Addr6.IsValid() {
+		return []netip.Addr{p.Addr, p.Addr6}
+	}
+	return []netip.Addr{p.Addr}
+}
+
+// texts names the pod's addresses, as its alias does.
+func (p Pod) texts() string {
+	if p.Addr6.IsValid() {
+		return p.Addr.String() + "," + p.Addr6.String()
+	}
+	return p.Addr.String()
+}
+
+// has reports whether the pod has an address.
+func (p Pod) has(a netip.Addr) bool { return a.IsValid() && (a == p.Addr || a == p.Addr6) }
+
+// rest ends an attachment: its addresses rest until a time.
 type rest struct {
 	cni.Attachment
 	Addr  netip.Addr `json:"addr"`
+	Addr6 netip.Addr `json:"addr6,omitzero"`
 	Until time.Time  `json:"until"`
 }
 
@@ -138,6 +169,9 @@ func (s *state) apply(r record) {
 	case r.Rest != nil:
 		delete(s.Pods, r.Rest.Attachment)
 		s.Rested[r.Rest.Addr] = r.Rest.Until
+		if a := r.Rest.Addr6; a.IsValid() {
+			s.Rested[a] = r.Rest.Until
+		}
 	}
 }
 
@@ -151,7 +185,7 @@ func (s state) records(now time.Time) []record {
 	held := map[netip.Addr]bool{}
 	for _, slot := range s.slots() {
 		out = append(out, record{Slot: &slot})
-		for _, a := range slot.Addrs {
+		for _, a := range slot.addrs() {
 			held[a] = true
 		}
 	}
@@ -175,6 +209,41 @@ func (s state) pods() []Pod {
 		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name),
 			cmp.Compare(a.ContainerID, b.ContainerID), cmp.Compare(a.IfName, b.IfName))
 	})
+}
+
+// slots6 returns the slots whose ENI has an IPv6 address of its own.
+func (s state) slots6() map[int]bool {
+	six := map[int]bool{}
+	for n, slot := range s.Slots {
+		if slot.Primary6.IsValid() {
+			six[n] = true
+		}
+	}
+	return six
+}
+
+// dual reports whether an ENI or a pod has an IPv6 address.
+func (s state) dual() bool {
+	if len(s.slots6()) > 0 {
+		return true
+	}
+	for _, p := range s.Pods {
+		if p.Addr6.IsValid() {
+			return true
+		}
+	}
+	return false
+}
+
+// holders returns who has which address.
+func (s state) holders() map[netip.Addr]cni.Attachment {
+	used := make(map[netip.Addr]cni.Attachment, len(s.Pods))
+	for key, p := range s.Pods {
+		for _, a := range p.addrs() {
+			used[a] = key
+		}
+	}
+	return used
 }
 
 // restsUntil returns when a pod may have the address again, or could have had; zero:
@@ -256,7 +325,7 @@ func (l *ledger) openIn(boot string) error {
 	// No sandbox outlives a reboot, but other nodes may still send to its address.
 	if s.Boot != boot {
 		for key, p := range s.Pods {
-			s.apply(record{Rest: &rest{Attachment: key, Addr: p.Addr, Until: time.Now().Add(coolDown)}})
+			s.apply(record{Rest: &rest{Attachment: key, Addr: p.Addr, Addr6: p.Addr6, Until: time.Now().Add(coolDown)}})
 		}
 		s.Boot = boot
 	}
@@ -375,10 +444,7 @@ func (l *ledger) begin(instance string) error {
 
 // index finds who has which address. The caller holds mu.
 func (l *ledger) index() {
-	l.used = make(map[netip.Addr]cni.Attachment, len(l.now.Pods))
-	for key, p := range l.now.Pods {
-		l.used[p.Addr] = key
-	}
+	l.used = l.now.holders()
 }
 
 // wake wakes whoever waits for a change. The caller holds mu.
@@ -396,6 +462,13 @@ func (l *ledger) pod(key cni.Attachment) (Pod, bool, error) {
 	}
 	p, ok := l.now.Pods[key]
 	return p, ok, nil
+}
+
+// six reports whether an ENI has an IPv6 address of its own.
+func (l *ledger) six() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.now.slots6()) > 0
 }
 
 // poke wakes whoever waits for a change.

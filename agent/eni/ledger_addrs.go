@@ -9,19 +9,36 @@ import (
 	"github.com/tkenode/tkenode/agent/eni/cni"
 )
 
+// wantsIPv6 is the Addr6 of a pod that asks for one.
+var wantsIPv6 = netip.IPv6Unspecified()
+
 // shortage says how many addresses there are, and when the first's rest ends.
 type shortage struct {
 	usable, used, resting int
 	next                  time.Time
+	pairs                 int       // a pod can get now, of both families
+	six                   *shortage // of IPv6, where pods get it
 }
 
-// free is how many addresses a pod can get now.
-func (s shortage) free() int { return s.usable - s.used - s.resting }
+// free is how many pods can get what they need now.
+func (s shortage) free() int {
+	if s.six != nil {
+		return s.pairs
+	}
+	return s.usable - s.used - s.resting
+}
 
 func (s shortage) String() string {
 	switch {
 	case s.usable == 0:
 		return "no ENI is ready"
+	case s.six != nil:
+		four, six := s, *s.six
+		four.six = nil
+		if six.usable == 0 {
+			return fmt.Sprintf("IPv4: %s; IPv6: no ENI that is ready has an address for pods", four)
+		}
+		return fmt.Sprintf("IPv4: %s; IPv6: %s", four, six)
 	case !s.next.IsZero():
 		return fmt.Sprintf("%d of %d addresses in use, %d resting until %s at the earliest",
 			s.used, s.usable, s.resting, s.next.UTC().Format(time.RFC3339))
@@ -33,9 +50,80 @@ func (s shortage) String() string {
 	return text
 }
 
+// until returns when the first address ends its rest that a pod may be waiting for.
+func (s shortage) until() time.Time {
+	if s.six == nil || s.six.next.IsZero() || !s.next.IsZero() && s.next.Before(s.six.next) {
+		return s.next
+	}
+	return s.six.next
+}
+
+// candidate is an address that a pod can get, and since when it could have.
+type candidate struct {
+	addr  netip.Addr
+	since time.Time
+}
+
+// candidates counts addresses, and returns of those that are free the one that has
+// rested longest, and how many there are. An address that has rested is free once it
+// is clean, or if that is not asked for: clean is nil.
+func (s state) candidates(addrs []netip.Addr, used map[netip.Addr]cni.Attachment, clean map[netip.Addr]bool, now time.Time, short *shortage) (best candidate, free int) {
+	for _, a := range addrs {
+		short.usable++
+		if _, ok := used[a]; ok {
+			short.used++
+			continue
+		}
+		until := s.restsUntil(a)
+		if until.After(now) {
+			if short.resting++; short.next.IsZero() || until.Before(short.next) {
+				short.next = until
+			}
+			continue
+		}
+		if !until.IsZero() && clean != nil && !clean[a] {
+			short.resting++ // the paths are about to clean it, which wakes
+			continue
+		}
+		free++
+		if c := (candidate{a, until}); c.before(best) {
+			best = c
+		}
+	}
+	return best, free
+}
+
+// before reports whether c is to be taken rather than o.
+func (c candidate) before(o candidate) bool {
+	return c.addr.IsValid() && (!o.addr.IsValid() || c.since.Before(o.since) || c.since.Equal(o.since) && c.addr.Less(o.addr))
+}
+
+// offer returns what a pod can get of a slot: an address and, where short counts those
+// of IPv6, one of them, or nothing if either is lacking.
+func (s state) offer(slot Slot, used map[netip.Addr]cni.Attachment, clean map[netip.Addr]bool, now time.Time, short *shortage) (four, six candidate) {
+	four, free := s.candidates(slot.Addrs, used, clean, now, short)
+	if short.six == nil {
+		return four, candidate{}
+	}
+	six, free6 := s.candidates(slot.Addrs6, used, clean, now, short.six)
+	pairs := min(free, free6)
+	if short.pairs += pairs; pairs == 0 {
+		return candidate{}, candidate{}
+	}
+	return four, six
+}
+
+// shortageOf begins to count, of both families if pods get both.
+func shortageOf(dual bool) shortage {
+	if dual {
+		return shortage{six: &shortage{}}
+	}
+	return shortage{}
+}
+
 // allocate gives p an address of a slot that is ready, the one that has rested
-// longest; ready maps slots to the MTU of their ENI. A pod that has an address
-// keeps it.
+// longest, and one of IPv6 of the same ENI if p asks for it; ready maps slots to the
+// MTU of their ENI. A pod that has an address keeps it.
 func (l *ledger) allocate(p Pod, ready map[int]int, now time.Time) (Pod, shortage, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -43,36 +131,20 @@ func (l *ledger) allocate(p Pod, ready map[int]int, now time.Time) (Pod, shortag
 		return Pod{}, shortage{}, err
 	}
 	if old, ok := l.now.Pods[p.Attachment]; ok {
-		p.Addr, p.Slot, p.ENI, p.MTU, p.Since = old.Addr, old.Slot, old.ENI, old.MTU, old.Since
+		p.Addr, p.Addr6, p.Slot, p.ENI, p.MTU, p.Since = old.Addr, old.Addr6, old.Slot, old.ENI, old.MTU, old.Since
 		if p == old {
 			return old, shortage{}, nil
 		}
 		return p, shortage{}, l.put(record{Pod: &p})
 	}
-	var short shortage
-	var best time.Time
+	dual := p.Addr6 == wantsIPv6
+	short := shortageOf(dual)
+	var best candidate
 	for number, mtu := range ready {
 		slot := l.now.Slots[number]
-		for _, a := range slot.Addrs {
-			short.usable++
-			if _, ok := l.used[a]; ok {
-				short.used++
-				continue
-			}
-			until := l.now.restsUntil(a)
-			if until.After(now) {
-				if short.resting++; short.next.IsZero() || until.Before(short.next) {
-					short.next = until
-				}
-				continue
-			}
-			if !until.IsZero() && !l.clean[a] {
-				short.resting++ // the paths are about to clean it, which wakes
-				continue
-			}
-			if !p.Addr.IsValid() || until.Before(best) || until.Equal(best) && a.Less(p.Addr) {
-				p.Addr, p.Slot, p.ENI, p.MTU, best = a, number, slot.ENI, mtu, until
-			}
+		four, six := l.now.offer(slot, l.used, l.clean, now, &short)
+		if four.before(best) {
+			p.Addr, p.Addr6, p.Slot, p.ENI, p.MTU, best = four.addr, six.addr, number, slot.ENI, mtu, four
 		}
 	}
 	if !p.Addr.IsValid() {
@@ -82,12 +154,18 @@ func (l *ledger) allocate(p Pod, ready map[int]int, now time.Time) (Pod, shortag
 	if err := l.put(record{Pod: &p}); err != nil {
 		return Pod{}, short, err
 	}
-	l.used[p.Addr] = p.Attachment
 	short.used++
+	if dual {
+		short.six.used++
+		short.pairs--
+	}
+	for _, a := range p.addrs() {
+		l.used[a] = p.Attachment
+	}
 	return p, short, nil
 }
 
-// release ends an attachment; its address rests.
+// release ends an attachment; its addresses rest.
 func (l *ledger) release(key cni.Attachment, now time.Time) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -99,11 +177,13 @@ func (l *ledger) release(key cni.Attachment, now time.Time) error {
 		return nil
 	}
 	until := now.Add(coolDown).UTC().Truncate(time.Second)
-	if err := l.put(record{Rest: &rest{Attachment: key, Addr: p.Addr, Until: until}}); err != nil {
+	if err := l.put(record{Rest: &rest{Attachment: key, Addr: p.Addr, Addr6: p.Addr6, Until: until}}); err != nil {
 		return err
 	}
-	delete(l.used, p.Addr)
-	delete(l.clean, p.Addr)
+	for _, a := range p.addrs() {
+		delete(l.used, a)
+		delete(l.clean, a)
+	}
 	return nil
 }
 
@@ -151,7 +231,7 @@ func (l *ledger) unclean(now time.Time) (addrs []netip.Addr, next time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, slot := range l.now.Slots {
-		for _, a := range slot.Addrs {
+		for _, a := range slot.addrs() {
 			until := l.now.restsUntil(a)
 			_, used := l.used[a]
 			switch {

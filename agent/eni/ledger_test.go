@@ -101,6 +101,65 @@ func TestLedgerAllocates(t *testing.T) {
 	}
 }
 
+// TestLedgerPairs holds that a pod that asks for both families gets them of one ENI, or
+// nothing and is told what is lacking; and that both of its addresses rest, and come
+// back with the ledger.
+func TestLedgerPairs(t *testing.T) {
+	dir, now := t.TempDir(), time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
+	l := openLedger(t, dir, "boot-1")
+	first, second := testSlot, testSlot
+	first.Addrs6 = addrsOf("2402:4e00::5")
+	second.Number, second.ENI, second.Addrs, second.Addrs6 = 1, "eni-b", addrsOf("10.0.16.15"), addrsOf("2402:4e00::15", "2402:4e00::16")
+	for _, slot := range []Slot{first, second} {
+		if err := l.record(record{Slot: &slot}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ready := map[int]int{0: 1500, 1: 1500}
+	ask := func(container string) Pod { return Pod{Attachment: keyOf(container), Addr6: wantsIPv6} }
+	for _, want := range []string{"10.0.16.5,2402:4e00::5", "10.0.16.15,2402:4e00::15"} {
+		p, short, err := l.allocate(ask("c"+want), ready, now)
+		if err != nil || p.texts() != want || p.Slot != 0 && p.ENI != "eni-b" {
+			t.Fatalf("allocated %+v, %s, %v; want %s", p, short, err, want)
+		}
+	}
+	const lacking = "IPv4: 2 of 3 addresses in use; IPv6: 2 of 3 addresses in use"
+	p, short, err := l.allocate(ask("third"), ready, now)
+	if err != nil || p.Addr.IsValid() || p.Addr6.IsValid() || short.free() != 0 || short.String() != lacking {
+		t.Errorf("an address of each of two ENIs: %+v, %s, %v", p, short, err)
+	}
+	if p, _, err := l.allocate(Pod{Attachment: keyOf("four")}, ready, now); err != nil || p.texts() != "10.0.16.6" {
+		t.Errorf("a pod that asks for IPv4 only: %+v, %v", p, err)
+	}
+	if again, _, err := l.allocate(ask("four"), ready, now); err != nil || again.texts() != "10.0.16.6" {
+		t.Errorf("a pod that has none of IPv6 keeps that: %+v, %v", again, err)
+	}
+	if err := l.release(keyOf("c10.0.16.15,2402:4e00::15"), now); err != nil {
+		t.Fatal(err)
+	}
+	l.close()
+	l = openLedger(t, dir, "boot-1")
+	s, err := l.state()
+	if p := s.Pods[keyOf("c10.0.16.5,2402:4e00::5")]; err != nil || p.texts() != "10.0.16.5,2402:4e00::5" {
+		t.Errorf("read back %+v, %v", p, err)
+	}
+	for _, a := range addrsOf("10.0.16.15", "2402:4e00::15") {
+		if !s.Rested[a].Equal(now.Add(coolDown)) {
+			t.Errorf("%s rests until %s", a, s.Rested[a])
+		}
+	}
+	if err := l.withdraw(second, addrsOf("2402:4e00::15"), now); err == nil || !strings.Contains(err.Error(), "it rests until") {
+		t.Errorf("given back while it rests: %v", err)
+	}
+	if err := l.withdraw(first, addrsOf("2402:4e00::5"), now); err == nil || !strings.Contains(err.Error(), "has got it") {
+		t.Errorf("given back under a pod: %v", err)
+	}
+	l.close()
+	if s, err := openLedger(t, dir, "boot-2").state(); err != nil || len(s.Pods) != 0 || !s.Rested[netip.MustParseAddr("2402:4e00::5")].After(time.Now()) {
+		t.Errorf("after a reboot: %+v, %v", s, err)
+	}
+}
+
 // TestLedgerPrefersTheLongestRested holds that addresses are used in turn.
 func TestLedgerPrefersTheLongestRested(t *testing.T) {
 	l, now := openLedger(t, t.TempDir(), "boot"), time.Now()
@@ -184,8 +243,8 @@ func journalText(t testing.TB) []byte {
 	var b bytes.Buffer
 	for _, r := range []record{
 		{Begin: &begin{Instance: "ins-00000001", Boot: "boot"}}, {Slot: &testSlot},
-		{Pod: &Pod{Attachment: keyOf("a"), Addr: testSlot.Addrs[0]}},
-		{Rest: &rest{Attachment: keyOf("a"), Addr: testSlot.Addrs[0], Until: time.Unix(1e9, 0)}},
+		{Pod: &Pod{Attachment: keyOf("a"), Addr: testSlot.Addrs[0], Addr6: netip.MustParseAddr("2402:4e00::5")}},
+		{Rest: &rest{Attachment: keyOf("a"), Addr: testSlot.Addrs[0], Addr6: netip.MustParseAddr("2402:4e00::5"), Until: time.Unix(1e9, 0)}},
 	} {
 		line, err := r.encode()
 		if err != nil {

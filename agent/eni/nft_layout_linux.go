@@ -17,6 +17,7 @@ import (
 //
 //	table inet tkenode {
 //		map pods { type ipv4_addr : verdict }                   # address of a pod: its slot
+//		map pods6 { type ipv6_addr : verdict }                  # where pods have IPv6 addresses
 //		set inside { type ipv4_addr; flags interval }           # who sees a pod's own address
 //		set metadata { type ipv4_addr }                         # pods that may ask for metadata
 //		chain slot0 { meta mark set meta mark & 0xc0ffffff | 0x01000000 }
@@ -25,10 +26,16 @@ import (
 //			type filter hook prerouting priority dstnat + 10; policy accept;
 //			iifname "eth0" ct status ! confirmed ct mark set ct mark | 0x20000000
 //			iifname != "eni*" accept
+//			meta nfproto ipv6 goto pods6                    # where pods have IPv6 addresses
 //			meta nfproto != ipv4 accept
 //			ip saddr vmap @pods
 //			meta mark & 0x3f000000 == 0 counter drop
 //			ip daddr != @inside ct status ! confirmed ct mark set ct mark | 0x20000000
+//			ct mark & 0x20000000 != 0 meta mark set meta mark & 0xc0ffffff | 0x20000000
+//		}
+//		chain pods6 {
+//			ip6 saddr vmap @pods6
+//			meta mark & 0x3f000000 == 0 counter drop
 //			ct mark & 0x20000000 != 0 meta mark set meta mark & 0xc0ffffff | 0x20000000
 //		}
 //		chain outside {
@@ -57,12 +64,16 @@ import (
 // pod's own address, as from a CLB, is answered through the pod's ENI. The chain
 // comes after destination NAT, so that a Service is inside if its endpoint is.
 //
+// An IPv6 address is a pod's own wherever it goes: there is no source NAT, and every
+// connection that a pod opens leaves by the pod's ENI.
+//
 // The metadata service gives the CAM role's credentials and the user-data to
 // whoever asks. A pod that may not is told so at once: by a reset, which unlike
 // ICMP errors the kernel sends at any rate.
 var (
 	nfTable  = &nftables.Table{Name: nftTable, Family: nftables.TableFamilyINet}
 	nfPods   = nftables.Set{Table: nfTable, Name: "pods", IsMap: true, KeyType: nftables.TypeIPAddr, DataType: nftables.TypeVerdict}
+	nfPods6  = nftables.Set{Table: nfTable, Name: "pods6", IsMap: true, KeyType: nftables.TypeIP6Addr, DataType: nftables.TypeVerdict}
 	nfInside = nftables.Set{Table: nfTable, Name: "inside", Interval: true, KeyType: nftables.TypeIPAddr}
 	nfPermit = nftables.Set{Table: nfTable, Name: "metadata", KeyType: nftables.TypeIPAddr}
 
@@ -103,12 +114,26 @@ func (o table) chains() ([]*nftables.Chain, []*nftables.Rule) {
 
 	add(pods, deviceIs(expr.MetaKeyIIFNAME, o.dev), firstPacket, usePrimary)
 	add(pods, compare(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, expr.CmpOpNeq, []byte(hostPrefix)), accept)
+	unmarked := masked(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, markMask, expr.CmpOpEq, 0)
+	drop := []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}
+	answers := masked(&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, primaryMark, expr.CmpOpNeq, 0)
+	if o.dual {
+		pods6 := &nftables.Chain{Name: nfPods6.Name, Table: nfTable}
+		chains = append(chains, pods6)
+		add(pods, compare(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, expr.CmpOpEq, []byte{unix.NFPROTO_IPV6}),
+			[]expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: pods6.Name}})
+		add(pods6, []expr.Any{
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: source6Offset, Len: 16},
+			&expr.Lookup{SourceRegister: 1, SetName: nfPods6.Name, IsDestRegSet: true},
+		})
+		add(pods6, unmarked, drop)
+		add(pods6, answers, setMark(primaryMark))
+	}
 	add(pods, compare(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, expr.CmpOpNeq, []byte{unix.NFPROTO_IPV4}), accept)
 	add(pods, lookup(sourceOffset, &expr.Lookup{SetName: nfPods.Name, IsDestRegSet: true}))
-	add(pods, masked(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, markMask, expr.CmpOpEq, 0),
-		[]expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}})
+	add(pods, unmarked, drop)
 	add(pods, lookup(destinationOffset, &expr.Lookup{SetName: nfInside.Name, Invert: true}), firstPacket, usePrimary)
-	add(pods, masked(&expr.Ct{Key: expr.CtKeyMARK, Register: 1}, primaryMark, expr.CmpOpNeq, 0), setMark(primaryMark))
+	add(pods, answers, setMark(primaryMark))
 
 	add(outside, deviceIs(expr.MetaKeyOIFNAME, o.dev), masked(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, markMask, expr.CmpOpEq, primaryMark), []expr.Any{
 		&expr.Immediate{Register: 1, Data: o.primary.AsSlice()},
@@ -132,10 +157,11 @@ func (o table) chains() ([]*nftables.Chain, []*nftables.Rule) {
 	return chains, rules
 }
 
-// Where the addresses of an IPv4 header are.
+// Where the addresses of a header are.
 const (
 	sourceOffset      = 12
 	destinationOffset = 16
+	source6Offset     = 8
 )
 
 var (

@@ -63,7 +63,7 @@ func (f *nft) flush() error {
 // put replaces the whole table in one transaction, so that no packet sees a part
 // of it. Pods that are in its map stay in it.
 func (o table) put(k *kernel) error {
-	elements, err := k.nft.elements()
+	elements, err := k.nft.elements(o.dual)
 	if err != nil {
 		return err
 	}
@@ -82,7 +82,12 @@ func (o table) put(k *kernel) error {
 	for _, chain := range chains {
 		c.AddChain(chain)
 	}
-	pods, inside, permit := nfPods, nfInside, nfPermit // the library writes to them
+	pods, pods6, inside, permit := nfPods, nfPods6, nfInside, nfPermit // the library writes to them
+	if o.dual {
+		if err := c.AddSet(&pods6, nil); err != nil {
+			return err
+		}
+	}
 	if err := errors.Join(c.AddSet(&pods, nil), c.AddSet(&inside, intervals(o.inside)), c.AddSet(&permit, nil)); err != nil {
 		return err
 	}
@@ -90,28 +95,29 @@ func (o table) put(k *kernel) error {
 		c.AddRule(r)
 	}
 	const batch = 500 // an attribute holds 64 KiB
-	var keep []nftables.SetElement
+	keep := map[*nftables.Set][]nftables.SetElement{&permit: permits}
 	for _, e := range elements {
-		if e.slot >= 0 && e.slot < maxSlots {
-			keep = append(keep, e.nftables()...)
+		in := &pods
+		if e.addr.Is6() {
+			in = &pods6
+		}
+		if e.slot >= 0 && e.slot < maxSlots && (o.dual || in == &pods) {
+			keep[in] = append(keep[in], e.nftables()...)
 		}
 	}
-	for part := range slices.Chunk(keep, batch) {
-		if err := c.SetAddElements(&pods, part); err != nil {
-			return err
-		}
-	}
-	for part := range slices.Chunk(permits, batch) {
-		if err := c.SetAddElements(&permit, part); err != nil {
-			return err
+	for set, all := range keep {
+		for part := range slices.Chunk(all, batch) {
+			if err := c.SetAddElements(set, part); err != nil {
+				return err
+			}
 		}
 	}
 	return k.nft.flush()
 }
 
 // find returns the table, if there is one, compared with the one in want, and its
-// elements.
-func (f *nft) find(want []object) ([]object, error) {
+// elements, of IPv6 if six.
+func (f *nft) find(want []object, six bool) ([]object, error) {
 	c, err := f.begin()
 	if err != nil {
 		return nil, err
@@ -132,7 +138,7 @@ func (f *nft) find(want []object) ([]object, error) {
 			have = append(have, t)
 		}
 	}
-	elements, err := f.elements()
+	elements, err := f.elements(six)
 	if err != nil {
 		return nil, err
 	}
@@ -204,9 +210,14 @@ func (f *nft) list(set nftables.Set) ([]nftables.SetElement, error) {
 	return all, nil
 }
 
-// elements returns the map of pods, empty if there is none.
-func (f *nft) elements() ([]element, error) {
+// elements returns what is in the maps of pods; of IPv6 if there may be any.
+func (f *nft) elements(six bool) ([]element, error) {
 	all, err := f.list(nfPods)
+	if err == nil && six {
+		var more []nftables.SetElement
+		more, err = f.list(nfPods6)
+		all = append(all, more...)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -242,7 +253,11 @@ func slotOf(verdict []byte) int {
 
 // inspect says in what the table differs from the one that is wanted.
 func (f *nft) inspect(want table) (string, error) {
-	for _, set := range []nftables.Set{nfPods, nfInside, nfPermit} {
+	sets := []nftables.Set{nfPods, nfInside, nfPermit}
+	if want.dual {
+		sets = append(sets, nfPods6)
+	}
+	for _, set := range sets {
 		if ok, err := f.has(set); err != nil || !ok {
 			return "without " + set.Name, err
 		}
@@ -316,12 +331,20 @@ func (o element) nftables() []nftables.SetElement {
 	}}
 }
 
+// in returns the map that the element is in.
+func (o element) in() *nftables.Set {
+	if o.addr.Is6() {
+		return &nfPods6
+	}
+	return &nfPods
+}
+
 func (o element) put(k *kernel) error {
 	c, err := k.nft.begin()
 	if err != nil {
 		return err
 	}
-	if err := c.SetAddElements(&nfPods, o.nftables()); err != nil {
+	if err := c.SetAddElements(o.in(), o.nftables()); err != nil {
 		return err
 	}
 	if err := k.nft.flush(); !errors.Is(err, unix.EEXIST) {
@@ -331,7 +354,7 @@ func (o element) put(k *kernel) error {
 	if c, err = k.nft.begin(); err != nil {
 		return err
 	}
-	if err := errors.Join(c.SetDeleteElements(&nfPods, o.nftablesKey()), c.SetAddElements(&nfPods, o.nftables())); err != nil {
+	if err := errors.Join(c.SetDeleteElements(o.in(), o.nftablesKey()), c.SetAddElements(o.in(), o.nftables())); err != nil {
 		return err
 	}
 	return k.nft.flush()
@@ -342,7 +365,7 @@ func (o element) drop(k *kernel) error {
 	if err != nil {
 		return err
 	}
-	if err := c.SetDeleteElements(&nfPods, o.nftablesKey()); err != nil {
+	if err := c.SetDeleteElements(o.in(), o.nftablesKey()); err != nil {
 		return err
 	}
 	return ignore(k.nft.flush(), unix.ENOENT)

@@ -1,6 +1,7 @@
 package eni
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -18,6 +19,16 @@ type sysctl struct{ path, value string }
 
 func (o sysctl) key() string  { return "sysctl " + o.path }
 func (o sysctl) attr() string { return o.value }
+
+// forwarding6 lets the node forward IPv6. The kernel then takes no router
+// advertisements by which the primary ENI may have its own route, unless told to.
+type forwarding6 struct {
+	dev   string // of the primary ENI; empty: it is not there
+	value string // as found
+}
+
+func (o forwarding6) key() string  { return "sysctl net/ipv6/conf/all/forwarding" }
+func (o forwarding6) attr() string { return cmp.Or(o.value, "1") }
 
 // link is a link that is up, with a MAC and an MTU if we choose them.
 type link struct {
@@ -40,7 +51,8 @@ func linkAttr(down bool, mac string, mtu int) string {
 	return s
 }
 
-// address is the primary address of an ENI on its link.
+// address is an address of an ENI's own on its link: the primary one and, for IPv6,
+// one that is valid on the link only.
 type address struct {
 	dev  string
 	addr netip.Addr
@@ -52,6 +64,7 @@ func (o address) attr() string { return "" }
 // route is one of our routes on the host.
 type route struct {
 	table       int
+	six         bool
 	dst         netip.Addr // invalid: default
 	metric      uint32
 	gateway     netip.Addr // invalid: on the link
@@ -61,9 +74,9 @@ type route struct {
 }
 
 func (o route) key() string {
-	s := "route default"
+	s := "route" + family(o.six) + " default"
 	if o.dst.IsValid() {
-		s = "route " + o.dst.String()
+		s = "route" + family(o.six) + " " + o.dst.String()
 	}
 	if o.metric != 0 {
 		s += fmt.Sprintf(" metric %d", o.metric)
@@ -83,9 +96,18 @@ func (o route) attr() string {
 	return "dev " + o.dev
 }
 
+// family tells the kinds of objects of IPv6 from those of IPv4 in their text.
+func family(six bool) string {
+	if six {
+		return "6"
+	}
+	return ""
+}
+
 // rule is one of our routing rules. A rule cannot be changed, so all of it is key.
 type rule struct {
 	priority int
+	six      bool
 	from, to netip.Addr // invalid: all
 	mark     uint32     // 0: any; under markMask
 	table    int
@@ -97,7 +119,7 @@ func (o rule) key() string {
 	if o.from.IsValid() {
 		from = o.from.String()
 	}
-	s := fmt.Sprintf("rule %d from %s", o.priority, from)
+	s := fmt.Sprintf("rule%s %d from %s", family(o.six), o.priority, from)
 	if o.to.IsValid() {
 		s += " to " + o.to.String()
 	}
@@ -125,6 +147,7 @@ type table struct {
 	dev     string         // of the primary ENI; empty: it is not there
 	primary netip.Addr     // of the primary ENI
 	inside  []netip.Prefix // destinations that see a pod's own address
+	dual    bool           // pods have IPv6 addresses, too
 	found   string         // when it is not as it was wanted
 }
 
@@ -139,8 +162,23 @@ func (o table) attr() string {
 // layout names the chains and rules of the table. Every rule carries it, so that
 // rules that another version made, or for another device, are replaced.
 func (o table) layout() string {
-	return fmt.Sprintf("layout 3, %d slots, outside by %q as %s", maxSlots, o.dev, o.primary)
+	s := fmt.Sprintf("layout 3, %d slots, outside by %q as %s", maxSlots, o.dev, o.primary)
+	if o.dual {
+		s += ", dual-stack 1"
+	}
+	return s
 }
+
+// neighbour leads from a pod's IPv6 address to the pod's end of its veth. The host's
+// end has no address of its own that it could ask from.
+type neighbour struct {
+	dev  string
+	addr netip.Addr
+	mac  string
+}
+
+func (o neighbour) key() string  { return fmt.Sprintf("neighbour %s dev %s", o.addr, o.dev) }
+func (o neighbour) attr() string { return o.mac + " permanent" }
 
 // element is a pod's address in the map from addresses to slots.
 type element struct {
@@ -206,26 +244,30 @@ func (o podLink) attr() string {
 	return linkAttr(o.down, o.mac, mtu)
 }
 
-// podAddress is the pod's address.
-type podAddress struct{ pod Pod }
+// podAddress is one of the pod's addresses.
+type podAddress struct {
+	pod  Pod
+	addr netip.Addr
+}
 
 func (o podAddress) key() string {
-	return fmt.Sprintf("pod %s address %s/32 dev %s", o.pod, o.pod.Addr, o.pod.IfName)
+	return fmt.Sprintf("pod %s address %s/%d dev %s", o.pod, o.addr, o.addr.BitLen(), o.pod.IfName)
 }
 func (o podAddress) attr() string { return "" }
 
 // podRoute is the route to podGateway, or the default route through it.
 type podRoute struct {
 	pod   Pod
+	six   bool
 	dst   netip.Addr // invalid: default
 	found string
 }
 
 func (o podRoute) key() string {
 	if o.dst.IsValid() {
-		return fmt.Sprintf("pod %s route %s", o.pod, o.dst)
+		return fmt.Sprintf("pod %s route%s %s", o.pod, family(o.six), o.dst)
 	}
-	return fmt.Sprintf("pod %s route default", o.pod)
+	return fmt.Sprintf("pod %s route%s default", o.pod, family(o.six))
 }
 
 func (o podRoute) attr() string {
@@ -235,17 +277,20 @@ func (o podRoute) attr() string {
 	case o.dst.IsValid():
 		return "dev " + o.pod.IfName
 	}
-	return fmt.Sprintf("via %s dev %s", podGateway, o.pod.IfName)
+	return fmt.Sprintf("via %s dev %s", gatewayOf(o.six), o.pod.IfName)
 }
 
-// podNeighbour leads from podGateway to the host's end.
+// podNeighbour leads from a pod's gateway to the host's end.
 type podNeighbour struct {
 	pod   Pod
+	six   bool
 	mac   string
 	found string
 }
 
-func (o podNeighbour) key() string { return fmt.Sprintf("pod %s neighbour %s", o.pod, podGateway) }
+func (o podNeighbour) key() string {
+	return fmt.Sprintf("pod %s neighbour %s", o.pod, gatewayOf(o.six))
+}
 func (o podNeighbour) attr() string {
 	if o.found != "" {
 		return o.found

@@ -20,8 +20,9 @@ import (
 // the change, which is the pid of its process, if that has no other socket of the
 // family; those of nftables end with pid and name. Of sysctls and of links that
 // are set up or down it tells nothing, and so of routes that go with a link.
-// Source: fib_nl_delrule, rtmsg_fib, rtmsg_ifa, rtnl_delete_link and
-// nf_tables_fill_gen_info in the kernel
+// Source: fib_nl_delrule, rtmsg_fib, inet6_rt_notify, rtmsg_ifa, neigh_delete,
+// rtnl_delete_link and nf_tables_fill_gen_info in the kernel; inet6_ifa_notify leaves
+// the port out
 
 // heard looks for a culprit in what the kernel tells. A process may end at any
 // moment, so this comes before everything else.
@@ -62,10 +63,11 @@ func routeKind(m netlink.Message) string {
 		}
 		return nil
 	}
+	six := len(m.Data) > 1 && m.Data[0] == unix.AF_INET6
 	switch m.Header.Type {
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
 		if bytes.Equal(attr(unix.SizeofRtMsg, unix.FRA_PROTOCOL), []byte{protocol}) {
-			return "rule"
+			return "rule" + family(six)
 		}
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
 		table := 0
@@ -73,11 +75,15 @@ func routeKind(m netlink.Message) string {
 			table = int(binary.NativeEndian.Uint32(b))
 		}
 		if len(m.Data) > 5 && m.Data[5] == protocol || table >= podTable && table < slotTable+maxSlots {
-			return "route"
+			return "route" + family(six)
 		}
 	case unix.RTM_DELADDR:
 		if len(m.Data) > 1 && m.Data[1] == 32 {
 			return "address"
+		}
+	case unix.RTM_NEWNEIGH: // it fails before it is deleted, and only that says who did it
+		if six {
+			return "neighbour"
 		}
 	case unix.RTM_DELLINK:
 		if strings.HasPrefix(string(attr(unix.SizeofIfInfomsg, unix.IFLA_IFNAME)), hostPrefix) {

@@ -27,9 +27,10 @@ type Paths struct {
 	configured string
 	plugins    string // the directory of CNI plugins
 
-	observing sync.Mutex // guards the two below: one plan at a time
+	observing sync.Mutex // guards the three below: one plan at a time
 	eyes      *kernel
 	seen      int64 // moves, as of the last plan
+	no6       bool  // nothing of IPv6 was there or wanted at the last plan
 
 	mu    sync.Mutex // guards what changes the kernel, and everything below
 	hands *kernel
@@ -60,9 +61,11 @@ func (p *Paths) Condition() node.ConditionType { return node.NetworkReady }
 // Needs lists what planning presupposes.
 func (p *Paths) Needs() []node.ConditionType { return []node.ConditionType{node.ConfigSealed} }
 
-// Watch wakes the module when the kernel or the ledger changes.
+// Watch wakes the module when the kernel or the ledger changes. It ends when there
+// is IPv6 to be watched, too.
 func (p *Paths) Watch(ctx context.Context, wake func()) error {
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithCancelCause(ctx)
+	six := p.network.policy().dual || p.network.ledger.six()
 	var ledger sync.WaitGroup
 	ledger.Go(func() {
 		for {
@@ -73,10 +76,16 @@ func (p *Paths) Watch(ctx context.Context, wake func()) error {
 			case <-changed:
 				wake()
 			}
+			if !six && p.network.ledger.six() {
+				cancel(errors.New("pods have IPv6 addresses from now on"))
+			}
 		}
 	})
-	err := watchKernel(ctx, &p.fights, wake)
-	cancel()
+	err := watchKernel(ctx, six, &p.fights, wake)
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause
+	}
+	cancel(nil)
 	ledger.Wait()
 	return err
 }
@@ -205,12 +214,17 @@ func (p *Paths) compare(pol policy) ([]step, scene, error) {
 	sc := survey(s, links)
 	sc.policy = pol
 	sc.files = p.files()
+	sc.six = s.slots6()
 	want := desired(s, sc)
 	p.fights.want(want)
-	have, err := p.eyes.observe(want, links)
+	// What a node with IPv6 has left is looked for, until nothing is found.
+	dual := s.dual()
+	six := dual || !p.no6
+	have, err := p.eyes.observe(want, links, six)
 	if err != nil {
 		return nil, sc, err
 	}
+	p.no6 = !dual && !(six && slices.ContainsFunc(have, ofIPv6))
 	return diff(want, have), sc, nil
 }
 
@@ -264,6 +278,9 @@ func (p *Paths) settle(s state, sc scene, converged bool) error {
 		case !there:
 			delete(ready, slot.Number)
 			waiting = node.Waiting("LinkMissing", "no link has the MAC %s of %s yet", slot.MAC, slot.ENI)
+		case sc.dual && !sc.six[slot.Number]:
+			delete(ready, slot.Number)
+			waiting = node.Waiting("IPv6Missing", "%s has no IPv6 address yet", slot.ENI)
 		case converged:
 			ready[slot.Number] = dev.mtu
 		}
@@ -273,7 +290,7 @@ func (p *Paths) settle(s state, sc scene, converged bool) error {
 		p.network.log.Info("slots ready", "module", p.Name(), "mtu by slot", ready)
 		p.network.ledger.poke()
 	}
-	p.network.exhausted.Store(s.exhausted(ready, time.Now()))
+	p.network.exhausted.Store(s.exhausted(ready, sc.dual, time.Now()))
 	if waiting == nil && len(ready) == 0 {
 		waiting = node.Waiting("NoENI", "the pool has no ENI yet")
 	}

@@ -4,6 +4,7 @@ import (
 	"crypto/sha1"
 	"encoding/hex"
 	"fmt"
+	"net"
 	"net/netip"
 	"path"
 	"slices"
@@ -47,6 +48,34 @@ const (
 // podGateway is every pod's next hop. It exists nowhere: a permanent neighbour
 // entry leads to the host's end of the pod's veth.
 var podGateway = netip.AddrFrom4([4]byte{169, 254, 1, 1})
+
+// podGateway6 is the same for IPv6. A gateway that is valid on the link only needs no
+// route of its own.
+var podGateway6 = netip.MustParseAddr("fe80::1")
+
+// gatewayOf returns a pod's next hop.
+func gatewayOf(six bool) netip.Addr {
+	if six {
+		return podGateway6
+	}
+	return podGateway
+}
+
+// eniGateway6 is the next hop of every ENI: the VPC's, in every subnet.
+// Source: https://cloud.tencent.com/document/product/1142/47666
+var eniGateway6 = netip.MustParseAddr("fe80::feee:ffff:feff:ffff")
+
+// linkLocal returns the address that is valid on the link only and that the VPC
+// knows an ENI by: the kernel asks for the gateway's MAC from it, whoever sends the
+// packet.
+// Source: RFC 4291, appendix A; ndisc_solicit in the kernel's net/ipv6/ndisc.c
+func linkLocal(mac string) netip.Addr {
+	hw, err := net.ParseMAC(mac)
+	if err != nil || len(hw) != 6 {
+		return netip.Addr{}
+	}
+	return netip.AddrFrom16([16]byte{0xfe, 0x80, 8: hw[0] ^ 2, 9: hw[1], 10: hw[2], 11: 0xff, 12: 0xfe, 13: hw[3], 14: hw[4], 15: hw[5]})
+}
 
 // slotMark is the mark of packets that leave through the slot; 0 is no slot's.
 func slotMark(slot int) uint32 { return uint32(slot+1) << markShift }
@@ -121,6 +150,7 @@ type policy struct {
 	inside     []netip.Prefix // destinations that see a pod's own address
 	metadata   []string       // pods that may ask the metadata service, as patterns
 	compat     bool           // rules for each pod, as TKE's
+	dual       bool           // new pods get an IPv6 address, too
 }
 
 func policyOf(s node.Sealed) policy {
@@ -131,7 +161,7 @@ func policyOf(s node.Sealed) policy {
 	}
 	return policy{
 		primaryMAC: s.Facts.MAC, primary: s.Facts.PrivateIP, inside: inside,
-		metadata: n.MetadataAccess, compat: n.Layout == node.LayoutTKECompat,
+		metadata: n.MetadataAccess, compat: n.Layout == node.LayoutTKECompat, dual: n.DualStack(),
 	}
 }
 
@@ -155,6 +185,7 @@ type scene struct {
 	alive   map[cni.Attachment]bool // pods whose network namespace is there
 	wired   map[cni.Attachment]bool // pods whose veth is there
 	files   []file                  // to be written once the network is configured
+	six     map[int]bool            // slots whose ENI has an IPv6 address of its own
 }
 
 // desired is all that is wanted in the kernel, but for the inside of pods that
@@ -165,11 +196,14 @@ func desired(s state, sc scene) []object {
 	if ok {
 		want = append(want, looseReversePath(primary.name), forwarding(primary.name))
 	}
-	want = append(want, table{dev: primary.name, primary: sc.primary, inside: sc.inside})
-	if sc.compat {
-		want = append(want, rule{priority: outsidePriority, mark: primaryMark, table: mainTable})
-	} else {
-		want = append(want, rule{priority: podPriority, table: podTable})
+	dual := s.dual()
+	if dual {
+		want = append(want, forwarding6{dev: primary.name})
+	}
+	want = append(want, table{dev: primary.name, primary: sc.primary, inside: sc.inside, dual: dual})
+	want = append(want, sc.nodeRule(false))
+	if dual {
+		want = append(want, sc.nodeRule(true))
 	}
 	configured := false
 	missing := false
@@ -179,6 +213,9 @@ func desired(s state, sc scene) []object {
 		}
 		dev, ok := sc.devices[slot.MAC]
 		want = append(want, sc.slotObjects(slot, dev)...)
+		if dual && !slot.Primary6.IsValid() { // a pod may have an address all the same
+			want = append(want, sc.slotRules(slot, true)...)
+		}
 		configured = configured || ok
 		missing = missing || !ok
 	}
@@ -197,6 +234,14 @@ func desired(s state, sc scene) []object {
 		}
 	}
 	return want
+}
+
+// nodeRule leads to all pods or, in TKE's layout, packets of pods to the primary ENI.
+func (pol policy) nodeRule(six bool) rule {
+	if pol.compat {
+		return rule{priority: outsidePriority, six: six, mark: primaryMark, table: mainTable}
+	}
+	return rule{priority: podPriority, six: six, table: podTable}
 }
 
 // looseReversePath lets a device take packets whose answer would leave by another
@@ -218,47 +263,89 @@ func forwarding(dev string) object {
 // primary ENI.
 func (pol policy) slotObjects(slot Slot, dev device) []object {
 	tbl := slotTable + slot.Number
-	out := []object{
-		route{table: tbl, metric: lastMetric, unreachable: true},
-		rule{priority: primaryPriority + slot.Number, from: slot.Primary, table: tbl},
-	}
-	if !pol.compat {
-		out = append(out, rule{priority: slotPriority + slot.Number, mark: slotMark(slot.Number), table: tbl})
+	six := slot.Primary6.IsValid()
+	out := pol.slotRules(slot, false)
+	if six {
+		out = append(out, pol.slotRules(slot, true)...)
 	}
 	if dev.name == "" {
 		return out
 	}
-	return append(out,
-		looseReversePath(dev.name),
-		forwarding(dev.name),
+	out = append(out, looseReversePath(dev.name), forwarding(dev.name))
+	if six {
+		// The VPC's word is the cloud API's: routers say nothing, and neither does the
+		// kernel about addresses of its own making.
+		out = append(out,
+			sysctl{"net/ipv6/conf/" + dev.name + "/accept_ra", "0"},
+			sysctl{"net/ipv6/conf/" + dev.name + "/addr_gen_mode", addrGenNone},
+			sysctl{"net/ipv6/conf/" + dev.name + "/disable_ipv6", "0"})
+	} else {
 		// The VPC would drop, and count, the neighbour discovery of an address it does not know.
-		sysctl{"net/ipv6/conf/" + dev.name + "/disable_ipv6", "1"},
+		out = append(out, sysctl{"net/ipv6/conf/" + dev.name + "/disable_ipv6", "1"})
+	}
+	out = append(out,
 		link{dev: dev.name},
 		// Without an address of its own the ENI would ask for its gateway's MAC in
 		// the name of the primary ENI's address, which the VPC drops.
 		address{dev: dev.name, addr: slot.Primary},
-		route{table: tbl, gateway: slot.Gateway(), dev: dev.name},
-	)
+		route{table: tbl, gateway: slot.Gateway(), dev: dev.name})
+	if six {
+		out = append(out,
+			address{dev: dev.name, addr: linkLocal(slot.MAC)},
+			address{dev: dev.name, addr: slot.Primary6},
+			route{table: tbl, six: true, gateway: eniGateway6, dev: dev.name})
+	}
+	return out
+}
+
+// addrGenNone has the kernel make no addresses of its own.
+// Source: enum in6_addr_gen_mode in the kernel's include/uapi/linux/if_link.h
+const addrGenNone = "1"
+
+// slotRules lead packets of the slot's pods, and of the ENI's own address, to the
+// slot's table, from which they leave by nothing but the ENI.
+func (pol policy) slotRules(slot Slot, six bool) []object {
+	tbl, own := slotTable+slot.Number, slot.Primary
+	if six {
+		own = slot.Primary6
+	}
+	out := []object{route{table: tbl, six: six, metric: lastMetric, unreachable: true}}
+	if own.IsValid() {
+		out = append(out, rule{priority: primaryPriority + slot.Number, six: six, from: own, table: tbl})
+	}
+	if !pol.compat {
+		out = append(out, rule{priority: slotPriority + slot.Number, six: six, mark: slotMark(slot.Number), table: tbl})
+	}
+	return out
 }
 
 // hostObjects is what a pod needs on the host.
 func (pol policy) hostObjects(p Pod) []object {
-	name, mac, _ := vethOf(p.Attachment)
-	out := []object{
-		veth{pod: p},
-		// Pods would reach what listens on the node's link-local addresses.
-		sysctl{"net/ipv6/conf/" + name + "/disable_ipv6", "1"},
-		link{dev: name, mac: mac, mtu: p.MTU},
-	}
-	if pol.compat {
+	name, mac, podMAC := vethOf(p.Attachment)
+	out := []object{veth{pod: p}}
+	// Pods would reach what listens on the node's link-local addresses.
+	if p.Addr6.IsValid() {
 		out = append(out,
-			route{table: mainTable, dst: p.Addr, dev: name},
-			rule{priority: podPriority, to: p.Addr, table: mainTable},
-			rule{priority: slotPriority, from: p.Addr, table: slotTable + p.Slot})
+			sysctl{"net/ipv6/conf/" + name + "/addr_gen_mode", addrGenNone},
+			sysctl{"net/ipv6/conf/" + name + "/disable_ipv6", "0"})
 	} else {
-		out = append(out, route{table: podTable, dst: p.Addr, dev: name})
+		out = append(out, sysctl{"net/ipv6/conf/" + name + "/disable_ipv6", "1"})
 	}
-	out = append(out, element{addr: p.Addr, slot: p.Slot})
+	out = append(out, link{dev: name, mac: mac, mtu: p.MTU})
+	if p.Addr6.IsValid() {
+		out = append(out, neighbour{dev: name, addr: p.Addr6, mac: podMAC})
+	}
+	for _, a := range p.addrs() {
+		if pol.compat {
+			out = append(out,
+				route{table: mainTable, six: a.Is6(), dst: a, dev: name},
+				rule{priority: podPriority, six: a.Is6(), to: a, table: mainTable},
+				rule{priority: slotPriority, six: a.Is6(), from: a, table: slotTable + p.Slot})
+		} else {
+			out = append(out, route{table: podTable, six: a.Is6(), dst: a, dev: name})
+		}
+		out = append(out, element{addr: a, slot: p.Slot})
+	}
 	if pol.permits(p) {
 		out = append(out, permit{addr: p.Addr})
 	}
@@ -268,20 +355,30 @@ func (pol policy) hostObjects(p Pod) []object {
 // insideObjects is what a pod needs in its network namespace.
 func insideObjects(p Pod) []object {
 	_, hostMAC, mac := vethOf(p.Attachment)
-	return []object{
+	out := []object{
 		podLink{pod: p, mac: mac},
-		podAddress{pod: p},
+		podAddress{pod: p, addr: p.Addr},
 		podRoute{pod: p, dst: podGateway},
 		podNeighbour{pod: p, mac: hostMAC},
 		podRoute{pod: p},
 	}
+	if p.Addr6.IsValid() {
+		out = append(out,
+			podAddress{pod: p, addr: p.Addr6},
+			podNeighbour{pod: p, six: true, mac: hostMAC},
+			podRoute{pod: p, six: true})
+	}
+	return out
 }
 
 // podObjects is all that a pod needs. Its routes on the host come last: nothing
 // reaches a pod that is not ready for it.
 func (pol policy) podObjects(p Pod) []object {
-	const links = 3
 	host := pol.hostObjects(p)
+	links := 1 + slices.IndexFunc(host, func(o object) bool {
+		_, ok := o.(link)
+		return ok
+	})
 	return append(append(host[:links:links], insideObjects(p)...), host[links:]...)
 }
 
@@ -312,6 +409,6 @@ const aliasPrefix = "tkenode "
 // alias is what stands at a pod's link in the kernel: enough to know the pod if
 // the ledger is lost. The kernel takes 255 bytes, so a long name is cut.
 func alias(p Pod) string {
-	s := fmt.Sprintf(aliasPrefix+"%s %d %s %s %s", p.Addr, p.Slot, p.ContainerID, p.IfName, p)
+	s := fmt.Sprintf(aliasPrefix+"%s %d %s %s %s", p.texts(), p.Slot, p.ContainerID, p.IfName, p)
 	return s[:min(len(s), 255)]
 }

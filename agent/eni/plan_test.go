@@ -181,15 +181,21 @@ func randomCase(r *rand.Rand) pathsCase {
 			Number: i, ENI: fmt.Sprintf("eni-%d", r.IntN(4)), MAC: fmt.Sprintf("52:54:00:00:01:0%d", i), Subnet: netip.MustParsePrefix("10.0.16.0/20"),
 			Primary: netip.AddrFrom4([4]byte{10, 0, 16, byte(10 + i)}),
 		}
+		if r.IntN(2) == 0 {
+			slot.Primary6 = netip.MustParseAddr(fmt.Sprintf("2402:4e00::%d", i+1))
+		}
 		c.Slots = append(c.Slots, slot)
 		if r.IntN(4) > 0 {
-			c.Devices[slot.MAC] = fmt.Sprintf("eth%d", 1+r.IntN(4))
+			c.Devices[slot.MAC] = fmt.Sprintf("eth%d", 1+2*i+r.IntN(2))
 		}
 	}
 	for i := range r.IntN(20) {
 		p := Pod{
 			Attachment: cni.Attachment{ContainerID: fmt.Sprintf("c%d", r.IntN(30)), IfName: "eth0"}, Namespace: "default", Name: fmt.Sprintf("pod-%d", i),
 			Addr: netip.AddrFrom4([4]byte{10, 0, 17, byte(i)}), Slot: r.IntN(3), MTU: 1500,
+		}
+		if r.IntN(2) == 0 {
+			p.Addr6 = netip.MustParseAddr(fmt.Sprintf("2402:4e00::1:%d", i))
 		}
 		c.Pods = append(c.Pods, p)
 		switch r.IntN(3) {
@@ -266,6 +272,7 @@ type poolCase struct {
 	MaxENIs   int               `json:"maxENIs"` // default 1
 	Warm      *node.WarmIPs     `json:"warm"`
 	Observe   bool              `json:"observe"`
+	Dual      bool              `json:"dual"`      // pods have IPv6 addresses, too
 	Subnets   []string          `json:"subnetIDs"` // default subnet-pods0001
 	Slots     []Slot            `json:"slots"`
 	Pods      []Pod             `json:"pods"`
@@ -345,6 +352,9 @@ func (c poolCase) scene(t *testing.T) (poolWant, state, cloudView) {
 	if len(c.Subnets) > 0 {
 		want.network.SubnetIDs = c.Subnets
 	}
+	if c.Dual {
+		want.network.IPFamilies = []node.IPFamily{node.IPv4, node.IPv6}
+	}
 	if c.Observe {
 		want.network.Allocator = node.AllocatorObserve
 	}
@@ -352,7 +362,7 @@ func (c poolCase) scene(t *testing.T) (poolWant, state, cloudView) {
 		enis: c.ENIs, now: now, missing: map[string]time.Time{}, waiting: c.Waiting,
 		idle: since(c.Idle), spare: since(c.Spare), holds: map[string]hold{}, failed: c.Failed,
 		subnets: map[string]tencent.Subnet{
-			"subnet-pods0001": {ID: "subnet-pods0001", CIDR: netip.MustParsePrefix("10.0.16.0/20"), Zone: "ap-guangzhou-3", AvailableIPs: 4000},
+			"subnet-pods0001": {ID: "subnet-pods0001", CIDR: netip.MustParsePrefix("10.0.16.0/20"), CIDR6: netip.MustParsePrefix("2402:4e00:0:16::/64"), Zone: "ap-guangzhou-3", AvailableIPs: 4000},
 			"subnet-pods0002": {ID: "subnet-pods0002", CIDR: netip.MustParsePrefix("10.0.32.0/20"), Zone: "ap-guangzhou-3", AvailableIPs: 3},
 			"subnet-other001": {ID: "subnet-other001", CIDR: netip.MustParsePrefix("10.0.48.0/20"), Zone: "ap-guangzhou-4", AvailableIPs: 4000},
 		},

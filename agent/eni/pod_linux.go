@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 
@@ -164,7 +165,7 @@ func (o podAddress) put(k *kernel) error {
 	if err != nil {
 		return err
 	}
-	return ignore(pod.nl.AddrAdd(l, &netlink.Addr{IPNet: ipNet(o.pod.Addr)}), unix.EEXIST)
+	return ignore(pod.nl.AddrAdd(l, addrNow(o.addr, netlink.SCOPE_UNIVERSE)), unix.EEXIST)
 }
 
 // podLink returns the pod's end, as it was when it was first asked for.
@@ -184,9 +185,9 @@ func (o podRoute) put(k *kernel) error {
 	if err != nil {
 		return err
 	}
-	r := netlink.Route{Family: netlink.FAMILY_V4, LinkIndex: l.Attrs().Index, Scope: netlink.SCOPE_LINK, Dst: ipNet(o.dst)}
+	r := netlink.Route{Family: familyOf(o.six), LinkIndex: l.Attrs().Index, Scope: netlink.SCOPE_LINK, Dst: prefixOf(o.dst, o.six)}
 	if !o.dst.IsValid() {
-		r.Scope, r.Gw = netlink.SCOPE_UNIVERSE, podGateway.AsSlice()
+		r.Scope, r.Gw = netlink.SCOPE_UNIVERSE, gatewayOf(o.six).AsSlice()
 	}
 	return pod.nl.RouteReplace(&r)
 }
@@ -196,14 +197,7 @@ func (o podNeighbour) put(k *kernel) error {
 	if err != nil {
 		return err
 	}
-	mac, err := net.ParseMAC(o.mac)
-	if err != nil {
-		return err
-	}
-	return pod.nl.NeighSet(&netlink.Neigh{
-		LinkIndex: l.Attrs().Index, Family: netlink.FAMILY_V4, State: netlink.NUD_PERMANENT,
-		IP: podGateway.AsSlice(), HardwareAddr: mac,
-	})
+	return putNeighbour(pod.nl, l, gatewayOf(o.six), o.mac)
 }
 
 // observePod returns what is inside of a pod.
@@ -217,47 +211,60 @@ func (k *kernel) observePod(p Pod) ([]object, error) {
 	}
 	a := l.Attrs()
 	have := []object{podLink{pod: p, mac: a.HardwareAddr.String(), mtu: a.MTU, down: a.Flags&net.FlagUp == 0}}
-	addrs, err := dump(func() ([]netlink.Addr, error) { return pod.nl.AddrList(l, netlink.FAMILY_V4) })
+	for _, addr := range p.addrs() {
+		found, err := pod.observe(p, l, addr)
+		if err != nil {
+			return nil, err
+		}
+		have = append(have, found...)
+	}
+	return have, nil
+}
+
+// observe returns what is inside of a pod of the family of one of its addresses.
+func (pod *podKernel) observe(p Pod, l netlink.Link, addr netip.Addr) (have []object, err error) {
+	index, six := l.Attrs().Index, addr.Is6()
+	addrs, err := dump(func() ([]netlink.Addr, error) { return pod.nl.AddrList(l, familyOf(six)) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses of %s: %w", p, err)
 	}
 	for _, a := range addrs {
-		if ones, _ := a.Mask.Size(); ones == 32 && addrOf(a.IP) == p.Addr {
-			have = append(have, podAddress{pod: p})
+		if ones, bits := a.Mask.Size(); ones == bits && addrOf(a.IP) == addr {
+			have = append(have, podAddress{pod: p, addr: addr})
 		}
 	}
-	routes, err := dump(func() ([]netlink.Route, error) { return pod.nl.RouteList(nil, netlink.FAMILY_V4) })
+	routes, err := dump(func() ([]netlink.Route, error) { return pod.nl.RouteList(nil, familyOf(six)) })
 	if err != nil {
 		return nil, fmt.Errorf("list routes of %s: %w", p, err)
 	}
 	for _, r := range routes {
-		have = append(have, podRouteOf(p, r, a.Index))
+		have = append(have, podRouteOf(p, r, index, six))
 	}
-	neighbours, err := dump(func() ([]netlink.Neigh, error) { return pod.nl.NeighList(a.Index, netlink.FAMILY_V4) })
+	neighbours, err := dump(func() ([]netlink.Neigh, error) { return pod.nl.NeighList(index, familyOf(six)) })
 	if err != nil {
 		return nil, fmt.Errorf("list neighbours of %s: %w", p, err)
 	}
 	for _, n := range neighbours {
-		if addrOf(n.IP) != podGateway {
+		if addrOf(n.IP) != gatewayOf(six) {
 			continue
 		}
 		found := n.HardwareAddr.String() + " permanent"
 		if n.State&netlink.NUD_PERMANENT == 0 {
 			found = n.HardwareAddr.String() + " not permanent"
 		}
-		have = append(have, podNeighbour{pod: p, found: found})
+		have = append(have, podNeighbour{pod: p, six: six, found: found})
 	}
 	return have, nil
 }
 
-func podRouteOf(p Pod, r netlink.Route, index int) podRoute {
-	o := podRoute{pod: p}
+func podRouteOf(p Pod, r netlink.Route, index int, six bool) podRoute {
+	o := podRoute{pod: p, six: six}
 	if r.Dst != nil {
 		if bits, _ := r.Dst.Mask.Size(); bits != 0 {
 			o.dst = addrOf(r.Dst.IP)
 		}
 	}
-	gateway := r.Gw != nil && addrOf(r.Gw) == podGateway
+	gateway := r.Gw != nil && addrOf(r.Gw) == gatewayOf(six)
 	if r.LinkIndex != index || r.Type != unix.RTN_UNICAST || gateway == o.dst.IsValid() {
 		o.found = strings.TrimSuffix(strings.TrimPrefix(r.String(), "{"), "}")
 	}

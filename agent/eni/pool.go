@@ -217,7 +217,11 @@ func (p *Pool) describeSubnets(ctx context.Context, want poolWant, view cloudVie
 		}
 	}
 	for _, e := range view.enis {
-		add(e.SubnetID, 1<<62)
+		age := time.Duration(1 << 62)
+		if want.network.DualStack() && !p.subnets[e.SubnetID].CIDR6.IsValid() {
+			age = subnetAge // until somebody gives it one
+		}
+		add(e.SubnetID, age)
 	}
 	if !want.observes() && (view.waiting > 0 || len(view.enis) == 0) {
 		for _, id := range want.network.SubnetIDs {
@@ -340,6 +344,13 @@ func (p *Pool) call(ctx context.Context, want poolWant, st poolStep) (Slot, erro
 		}
 	case stepUnassign:
 		_, err = p.cloud.UnassignIPs(ctx, slot.ENI, slot.Leaving)
+	case stepAssign6:
+		var ips []tencent.IP6
+		if ips, _, err = p.cloud.AssignIP6s(ctx, slot.ENI, st.n, want.token(slot, stepAssign6)); err == nil {
+			slot.Target -= st.n - min(len(ips), st.n)
+		}
+	case stepUnassign6:
+		_, err = p.cloud.UnassignIP6s(ctx, slot.ENI, slot.Leaving)
 	case stepDetach:
 		_, err = p.cloud.DetachENI(ctx, slot.ENI, id, want.token(slot, stepDetach))
 	case stepDelete:
@@ -363,7 +374,7 @@ func alreadySo(call Step, err error) bool {
 	switch call {
 	case stepAttach:
 		return hasCode(err, tencent.CodeAttachmentAlreadyExists)
-	case stepUnassign, stepDelete:
+	case stepUnassign, stepUnassign6, stepDelete:
 		return hasCode(err, tencent.CodeNotFound)
 	case stepDetach:
 		return hasCode(err, tencent.CodeNotFound, tencent.CodeAttachmentNotFound, "UnsupportedOperation.InvalidState")

@@ -23,12 +23,19 @@ type balance struct {
 
 func (b *balance) plan() poolPlan {
 	wait := b.waits()
-	free := b.sum(func(p slotPlan) int { return len(p.free) })
-	coming := b.sum(func(p slotPlan) int {
-		if p.late(b.view.now) {
-			return p.settling
+	free := b.sum((*slotPlan).pairs)
+	coming := b.sum(func(p *slotPlan) int {
+		coming := p.settling
+		if !b.want.observes() {
+			coming += p.unpaired()
 		}
-		return p.coming + p.settling
+		if !p.late(b.view.now) {
+			coming += p.coming
+		}
+		if p.six.missing != nil { // they will never do
+			return 0
+		}
+		return coming
 	})
 	warm := b.want.network.WarmIPs
 	lack := 0
@@ -38,17 +45,20 @@ func (b *balance) plan() poolPlan {
 	if b.count((*slotPlan).held) == 0 {
 		lack = max(lack, 1) // an ENI, for the node to be ready
 	}
-	var blocked error
+	var blocked, unpaired error
+	if !b.want.observes() {
+		unpaired = b.pair(free > 0)
+	}
 	switch {
 	case b.want.observes():
 		blocked = b.unserved(lack)
 	case lack > 0:
-		blocked = b.grow(lack, free > 0)
+		blocked = b.without6(b.grow(lack, free > 0))
 	default:
 		b.shrink(free)
 	}
 	b.reap()
-	b.out.note = cmp.Or(blocked, wait)
+	b.out.note = cmp.Or(unpaired, blocked, wait)
 	for _, p := range b.slots {
 		b.out.steps = append(b.out.steps, p.steps...)
 	}
@@ -72,9 +82,9 @@ func (b *balance) waits() (first error) {
 	return first
 }
 
-func (b *balance) sum(f func(slotPlan) int) (n int) {
-	for _, p := range b.slots {
-		n += f(p)
+func (b *balance) sum(f func(*slotPlan) int) (n int) {
+	for i := range b.slots {
+		n += f(&b.slots[i])
 	}
 	return n
 }
@@ -101,8 +111,12 @@ func (b *balance) unserved(lack int) error {
 		return waitingFor("ENINotAttached", "network.allocator is observe: have an ENI attached, or set it to node",
 			"no secondary ENI is attached to %s", b.want.facts.InstanceID)
 	case lack > 0:
+		what := "addresses"
+		if b.sum((*slotPlan).unpaired) >= lack {
+			what = "IPv6 addresses"
+		}
 		return waitingFor("AddressesNotAssigned", "network.allocator is observe: have addresses assigned, or set it to node",
-			"%d more addresses are wanted", lack)
+			"%d more %s are wanted", lack, what)
 	}
 	return nil
 }
@@ -123,7 +137,7 @@ func (b *balance) grow(lack int, spared bool) error {
 	slices.SortStableFunc(order, func(x, y *slotPlan) int { return cmp.Compare(y.used, x.used) })
 	for _, p := range order {
 		room := ips - p.bound - p.coming
-		if p.slot.ENI == "" && p.eni.ID == "" || p.retiring() || room <= 0 || lack <= 0 || !p.ready && (p.grave != nil || p.late(b.view.now)) {
+		if p.slot.ENI == "" && p.eni.ID == "" || p.retiring() || p.six.missing != nil || room <= 0 || lack <= 0 || !p.ready && (p.grave != nil || p.late(b.view.now)) {
 			continue
 		}
 		err := b.view.refusal(p.key(), throttleKey(stepAssign), subnetKey(p.eni.SubnetID))
@@ -241,6 +255,8 @@ func (b *balance) pickSubnet(n int) (string, int, error) {
 		case known && sn.Zone != "" && b.want.facts.Zone != "" && sn.Zone != b.want.facts.Zone:
 			blocked = cmp.Or(blocked, node.Terminal("SubnetElsewhere", "write subnets of the instance's zone into network.subnetIDs",
 				fmt.Errorf("%s is in %s, %s in %s", id, sn.Zone, b.want.facts.InstanceID, b.want.facts.Zone)))
+		case known && b.want.network.DualStack() && !sn.CIDR6.IsValid():
+			blocked = cmp.Or(blocked, noIPv6(id))
 		case known: // one address is the ENI's own
 			return id, min(n, max(sn.AvailableIPs-1, 1)), nil
 		default:
@@ -258,7 +274,7 @@ func (b *balance) shrink(free int) {
 	quiet := b.count(func(p *slotPlan) bool { return p.held() && !p.ready }) == 0
 	for i := range b.slots {
 		p := &b.slots[i]
-		if !p.ready || p.used+p.cooling+p.gone > 0 || b.count((*slotPlan).held) < 2 || free-len(p.free) < most || !b.want.owns(p.eni) {
+		if !p.ready || p.used+p.cooling+p.six.cooling+p.gone > 0 || b.count((*slotPlan).held) < 2 || free-p.pairs() < most || !b.want.owns(p.eni) {
 			continue
 		}
 		b.out.idle = append(b.out.idle, p.eni.ID)
@@ -268,6 +284,9 @@ func (b *balance) shrink(free int) {
 		} else if !ok {
 			b.lookIn(idlePeriod)
 		}
+	}
+	if quiet {
+		b.unpair()
 	}
 	if !b.out.excess {
 		return

@@ -79,7 +79,11 @@ func (n *poolNode) add(first, count int) error {
 			id := fmt.Sprintf("c%d", first+count-left)
 			rested, _ := n.net.ledger.unclean(time.Now())
 			n.net.ledger.cleaned(rested) // as the paths do
-			p, _, err := n.net.ledger.allocate(Pod{Attachment: cni.Attachment{ContainerID: id, IfName: "eth0"}, Namespace: "default", Name: id}, ready, time.Now())
+			ask := Pod{Attachment: cni.Attachment{ContainerID: id, IfName: "eth0"}, Namespace: "default", Name: id}
+			if n.sealed.Config.Network.DualStack() {
+				ask.Addr6 = wantsIPv6
+			}
+			p, _, err := n.net.ledger.allocate(ask, ready, time.Now())
 			if err != nil {
 				n.t.Fatal(err)
 			}
@@ -124,10 +128,10 @@ func (n *poolNode) settled() error {
 		}
 	}
 	free, holder := 0, map[netip.Addr]bool{}
+	if six := s.holders(); len(six) != len(s.Pods) && (!n.sealed.Config.Network.DualStack() || len(six) != 2*len(s.Pods)) {
+		n.t.Fatalf("%d pods have %d addresses", len(s.Pods), len(six))
+	}
 	for _, p := range s.pods() {
-		if holder[p.Addr] {
-			n.t.Fatalf("%s has two pods", p.Addr)
-		}
 		holder[p.Addr] = true
 	}
 	for _, e := range n.region.Snapshot().ENIs {
@@ -139,6 +143,9 @@ func (n *poolNode) settled() error {
 			return fmt.Errorf("%s, of %q, is %s and in slot %+v", e.ID, e.Instance, e.State, slot)
 		}
 		delete(inSlots, e.ID)
+		if err := n.paired(slot, e); err != nil {
+			return err
+		}
 		var addrs []netip.Addr
 		for _, ip := range e.IPs[1:] {
 			addrs = append(addrs, ip.Addr)
@@ -158,6 +165,31 @@ func (n *poolNode) settled() error {
 	}
 	if free < warm.Min || free > warm.Max {
 		return fmt.Errorf("%d addresses are free", free)
+	}
+	return nil
+}
+
+// paired reports whether the ENI has an IPv6 address for every other, if pods get them,
+// and what is not as in the ledger.
+func (n *poolNode) paired(slot Slot, e cloud.ENI) error {
+	if !n.sealed.Config.Network.DualStack() {
+		if slot.count6()+len(e.IP6s) > 0 {
+			return fmt.Errorf("%s has %v, slot %d has %v", e.ID, e.IP6s, slot.Number, slot.Addrs6)
+		}
+		return nil
+	}
+	var addrs []netip.Addr
+	for _, ip := range e.IP6s {
+		addrs = append(addrs, ip.Addr)
+	}
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	if have := slices.SortedFunc(slices.Values(append(slot.Addrs6, slot.Primary6)), netip.Addr.Compare); !slices.Equal(addrs, have) || len(addrs) != len(e.IPs) {
+		return fmt.Errorf("%s has %v beside %d of IPv4, slot %d has %v", e.ID, addrs, len(e.IPs), slot.Number, have)
+	}
+	for _, p := range n.state().pods() {
+		if p.ENI == e.ID && p.Addr6.IsValid() && !slices.Contains(slot.Addrs6, p.Addr6) {
+			return fmt.Errorf("pod %s has %s, slot %d has %v", p, p.Addr6, slot.Number, slot.Addrs6)
+		}
 	}
 	return nil
 }
@@ -269,17 +301,26 @@ func TestPoolLife(t *testing.T) {
 // life: before it, when its intent is in the ledger; before it, when that was being
 // written; and after it. A usual run takes one of the three for each call, in turn.
 func TestPoolSurvivesKillsAtEveryBoundary(t *testing.T) {
+	survivesKills(t, 12, newLifeNode, func(api Cloud, k killer) (Cloud, *killer) {
+		k.Cloud = api
+		return &k, &k
+	})
+}
+
+// survivesKills kills at each of at least so many calls that the killer that with
+// returns sees.
+func survivesKills(t *testing.T, least int, born func(*testing.T, cloud.Config) *poolNode, with func(Cloud, killer) (Cloud, *killer)) {
 	boundaries := 0
 	synctest.Test(t, func(t *testing.T) {
-		n := newLifeNode(t, cloud.Default())
-		k := &killer{Cloud: n.api}
-		n.net.pool.cloud = k
+		n := born(t, cloud.Default())
+		var k *killer
+		n.net.pool.cloud, k = with(n.api, killer{})
 		if _, err := n.live(0); err != nil {
 			t.Fatal(err)
 		}
 		boundaries = k.calls
 	})
-	if boundaries < 12 {
+	if boundaries < least {
 		t.Fatalf("only %d calls", boundaries)
 	}
 	whens := []string{"before", "torn", "after"}
@@ -290,7 +331,11 @@ func TestPoolSurvivesKillsAtEveryBoundary(t *testing.T) {
 			}
 			t.Run(fmt.Sprintf("call=%d,%s", at, when), func(t *testing.T) {
 				t.Parallel()
-				synctest.Test(t, func(t *testing.T) { killAt(t, at, when) })
+				synctest.Test(t, func(t *testing.T) {
+					n := born(t, cloud.Default())
+					n.net.pool.cloud, _ = with(n.api, killer{at: at, after: when == "after"})
+					killed(t, n, when)
+				})
 			})
 		}
 	}
@@ -298,9 +343,7 @@ func TestPoolSurvivesKillsAtEveryBoundary(t *testing.T) {
 
 var whole = flag.Bool("whole", false, "kill the pool in every way at every call, and have every call fail in every way")
 
-func killAt(t *testing.T, at int, when string) {
-	n := newLifeNode(t, cloud.Default())
-	n.net.pool.cloud = &killer{Cloud: n.api, at: at, after: when == "after"}
+func killed(t *testing.T, n *poolNode, when string) {
 	stage, err := n.live(0)
 	if !errors.Is(err, errKilled) {
 		t.Fatalf("not killed: %v", err)

@@ -26,6 +26,8 @@ type slotPlan struct {
 	settling                     int // of those that rest, for the rebuilt ledger's sake alone: so would any other
 	free                         []netip.Addr
 	gone                         int // pods whose address the ENI does not have
+
+	six sixPlan
 }
 
 // empty reports whether an ENI can be put into the slot.
@@ -75,7 +77,7 @@ func planSlot(want poolWant, s state, view cloudView, slot Slot, eni tencent.ENI
 			p.detach(view.now)
 		}
 	default:
-		p.attached(s, view, pods)
+		p.attached(want, s, view, pods)
 	}
 	return p
 }
@@ -173,7 +175,7 @@ func (p *slotPlan) detached(want poolWant, view cloudView) {
 }
 
 // attached takes over what the cloud says of an ENI that is in its slot.
-func (p *slotPlan) attached(s state, view cloudView, pods []Pod) {
+func (p *slotPlan) attached(want poolWant, s state, view cloudView, pods []Pod) {
 	eni, before := p.eni, p.slot
 	subnet, ok := view.subnets[eni.SubnetID]
 	if !ok {
@@ -198,25 +200,30 @@ func (p *slotPlan) attached(s state, view cloudView, pods []Pod) {
 			pending++
 		}
 	}
+	p.bound = len(next.Addrs) + len(next.Leaving) + pending
+	p.learn6(want, s, before, subnet, view.now, pods, states)
 	slices.SortFunc(next.Addrs, netip.Addr.Compare)
 	slices.SortFunc(next.Leaving, netip.Addr.Compare)
-	p.bound = len(next.Addrs) + len(next.Leaving) + pending
-	p.settle(pending, view)
+	p.settle(view)
 	for _, t := range changes(before, *next, states) {
 		p.steps = append(p.steps, poolStep{text: t, slot: *next})
 	}
+	if a := next.Primary6; slices.Contains(before.Addrs6, a) {
+		p.steps[0].addrs = []netip.Addr{a} // no pod may have got it meanwhile
+	}
 	p.count(s, view.now, pods, states)
+	p.count6(s, view.now, pods, states)
 	switch {
-	case next.Intent == stepAssign:
+	case next.Intent == stepAssign || next.Intent == stepAssign6:
 		p.wait = node.Waiting("AddressesAssigning", "addresses of %s have been assigning for %s", eni.ID, age(*next, view.now))
-	case next.Intent == stepUnassign && busy(*next, stepUnassign, view.now):
+	case next.gives() && busy(*next, next.Intent, view.now):
 		// Nobody waits for it.
-	case next.Intent == stepUnassign:
-		if view.refusal(p.key(), throttleKey(stepUnassign)) == nil {
-			p.callUnassign(next.Leaving, nil, view.now)
+	case next.gives():
+		if view.refusal(p.key(), throttleKey(next.Intent)) == nil {
+			p.callUnassign(next.Intent, next.Leaving, nil, view.now)
 		}
-	case pending > 0:
-		p.wait = node.Waiting("AddressesPending", "%d addresses of %s are not AVAILABLE yet", pending, eni.ID)
+	case pending+p.six.pending > 0:
+		p.wait = node.Waiting("AddressesPending", "%d addresses of %s are not AVAILABLE yet", pending+p.six.pending, eni.ID)
 	default:
 		p.ready = true
 	}
@@ -225,11 +232,13 @@ func (p *slotPlan) attached(s state, view cloudView, pods []Pod) {
 
 // settle ends the intent of an attached ENI once its outcome is seen, or once
 // nothing is to be expected of it.
-func (p *slotPlan) settle(pending int, view cloudView) {
+func (p *slotPlan) settle(view cloudView) {
 	slot := &p.slot
 	have := p.bound - len(slot.Leaving)
 	switch {
-	case slot.Intent == stepUnassign && len(slot.Leaving) > 0:
+	case slot.gives() && len(slot.Leaving) > 0:
+		return
+	case slot.Intent == stepAssign6 && p.six.bound < slot.Target && busy(*slot, stepAssign6, view.now):
 		return
 	case slot.Intent == stepAssign && have < slot.Target && busy(*slot, stepAssign, view.now):
 		p.coming = slot.Target - have
@@ -249,8 +258,7 @@ func (p *slotPlan) count(s state, now time.Time, pods []Pod, states map[netip.Ad
 		if p.gone++; p.gone > 1 {
 			continue
 		}
-		p.grave = waitingFor("AddressGone", "delete the pod: its next one gets another address",
-			"%s of pod %s is no longer an address of %s: the cloud %s", pod.Addr, pod, p.slot.ENI, cloudSays(states[pod.Addr]))
+		p.grave = p.addressGone(pod, pod.Addr, states)
 	}
 	for _, a := range p.slot.Addrs {
 		switch {
@@ -267,6 +275,11 @@ func (p *slotPlan) count(s state, now time.Time, pods []Pod, states map[netip.Ad
 	}
 }
 
+func (p *slotPlan) addressGone(pod Pod, addr netip.Addr, states map[netip.Addr]string) error {
+	return waitingFor("AddressGone", "delete the pod: its next one gets another address",
+		"%s of pod %s is no longer an address of %s: the cloud %s", addr, pod, p.slot.ENI, cloudSays(states[addr]))
+}
+
 // cloudSays says what the cloud says of an address that may not be used.
 func cloudSays(state string) string {
 	if state == "" {
@@ -278,23 +291,29 @@ func cloudSays(state string) string {
 // changes says what the pool learns.
 func changes(before, after Slot, states map[netip.Addr]string) []string {
 	have := len(after.Addrs)
+	if before.Intent == stepAssign6 {
+		have = after.count6()
+	}
 	var out []string
 	if before.ENI != after.ENI || before.MAC != after.MAC || before.Primary != after.Primary || before.Subnet != after.Subnet {
 		out = append(out, fmt.Sprintf("take %s into slot %d: mac %s primary %s subnet %s", after.ENI, after.Number, after.MAC, after.Primary, after.Subnet))
 	}
-	for _, a := range after.Addrs {
-		if !slices.Contains(before.Addrs, a) {
+	if before.Primary6 != after.Primary6 || before.Subnet6 != after.Subnet6 {
+		out = append(out, changes6(after))
+	}
+	for _, a := range after.addrs() {
+		if !slices.Contains(before.addrs(), a) {
 			out = append(out, fmt.Sprintf("use address %s of %s", a, after.ENI))
 		}
 	}
-	for _, a := range before.Addrs {
-		if !slices.Contains(after.Addrs, a) {
+	for _, a := range before.addrs() {
+		if !slices.Contains(after.addrs(), a) && a != after.Primary6 && (a.Is4() || after.Primary6.IsValid()) {
 			out = append(out, fmt.Sprintf("stop using address %s of %s: the cloud %s", a, after.ENI, cloudSays(states[a])))
 		}
 	}
 	switch {
 	case len(out) > 0 || before.Intent == after.Intent:
-	case before.Intent == stepAssign && have < before.Target:
+	case (before.Intent == stepAssign || before.Intent == stepAssign6) && have < before.Target:
 		out = append(out, fmt.Sprintf("expect no more of the %s of %s: it has %d addresses, not %d", before.Intent, after.ENI, have, before.Target))
 	default:
 		out = append(out, fmt.Sprintf("note that the %s of %s is done", before.Intent, after.ENI))
@@ -350,23 +369,24 @@ func (p *slotPlan) assign(n int, now time.Time, spared bool) {
 func (p *slotPlan) unassign(now time.Time) {
 	addr := p.free[len(p.free)-1]
 	p.slot.Addrs = slices.DeleteFunc(slices.Clone(p.slot.Addrs), func(a netip.Addr) bool { return a == addr })
-	p.callUnassign([]netip.Addr{addr}, []netip.Addr{addr}, now)
+	p.callUnassign(stepUnassign, []netip.Addr{addr}, []netip.Addr{addr}, now)
 }
 
 // callUnassign has addresses given back, those among them that the ledger still
 // has for pods being withdrawn first.
-func (p *slotPlan) callUnassign(addrs, withdrawn []netip.Addr, now time.Time) {
-	p.slot.intend(stepUnassign, now)
+func (p *slotPlan) callUnassign(call Step, addrs, withdrawn []netip.Addr, now time.Time) {
+	p.slot.intend(call, now)
 	p.slot.Leaving = addrs
 	p.ready = false
 	p.steps = append(p.steps, poolStep{
-		text: fmt.Sprintf("unassign %s from %s", addrs[0], p.eni.ID), slot: p.slot, call: stepUnassign, addrs: withdrawn, spared: true,
+		text: fmt.Sprintf("unassign %s from %s", listed(addrs), p.eni.ID), slot: p.slot, call: call, addrs: withdrawn, spared: true,
 	})
 }
 
 // detach begins to give the ENI up: from here on it is in no path of the kernel.
 func (p *slotPlan) detach(now time.Time) {
-	addrs := p.slot.Addrs
+	addrs := p.slot.addrs()
+	p.slot.Subnet6, p.slot.Primary6, p.slot.Addrs6 = netip.Prefix{}, netip.Addr{}, nil
 	p.slot.MAC, p.slot.Subnet, p.slot.Primary, p.slot.Addrs, p.slot.Leaving = "", netip.Prefix{}, netip.Addr{}, nil, nil
 	p.slot.intend(stepDetach, now)
 	p.ready = false

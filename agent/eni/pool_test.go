@@ -163,6 +163,9 @@ func (n *poolNode) holds(addresses int) {
 	if slot.ENI != secondary[0].ID || slot.Primary != secondary[0].IPs[0].Addr || len(slot.Addrs) != addresses || slot.Intent != "" {
 		n.t.Fatalf("slot %+v; the ENI is %+v", slot, secondary[0])
 	}
+	if err := n.paired(slot, secondary[0]); err != nil {
+		n.t.Fatal(err)
+	}
 }
 
 func TestPoolConverges(t *testing.T) {

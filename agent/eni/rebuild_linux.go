@@ -58,9 +58,13 @@ func podOf(name, text string) (Pod, bool) {
 	if len(f) != 5 || !strings.HasPrefix(text, aliasPrefix) {
 		return Pod{}, false
 	}
-	addr, addrErr := netip.ParseAddr(f[0])
+	four, six, dual := strings.Cut(f[0], ",")
+	addr, addrErr := netip.ParseAddr(four)
 	slot, slotErr := strconv.Atoi(f[1])
 	p := Pod{Attachment: cni.Attachment{ContainerID: f[2], IfName: f[3]}, Addr: addr, Slot: slot}
+	if dual && addrErr == nil {
+		p.Addr6, addrErr = netip.ParseAddr(six)
+	}
 	p.Namespace, p.Name, _ = strings.Cut(f[4], "/")
 	host, _, _ := vethOf(p.Attachment)
 	return p, addrErr == nil && slotErr == nil && slot >= 0 && slot < maxSlots && host == name
@@ -96,11 +100,12 @@ func (s *state) complete(w witness, damaged error, now time.Time) error {
 	}
 	for _, p := range lost {
 		// Two links never have one address; if they do, neither is believed.
-		if slices.ContainsFunc(w.pods, func(q Pod) bool { return q.Addr == p.Addr && q.Attachment != p.Attachment }) {
+		shares := func(q Pod) bool { return q.has(p.Addr) || q.has(p.Addr6) }
+		if slices.ContainsFunc(w.pods, func(q Pod) bool { return shares(q) && q.Attachment != p.Attachment }) {
 			continue
 		}
 		// Whoever had the address before has no link: its DEL was lost.
-		maps.DeleteFunc(s.Pods, func(_ cni.Attachment, old Pod) bool { return old.Addr == p.Addr })
+		maps.DeleteFunc(s.Pods, func(_ cni.Attachment, old Pod) bool { return shares(old) })
 		p.ENI, p.Since, p.Found = s.Slots[p.Slot].ENI, now.UTC().Truncate(time.Millisecond), true
 		s.Pods[p.Attachment] = p
 	}

@@ -23,6 +23,14 @@ func TestPodOfLink(t *testing.T) {
 	if !ok || got != p {
 		t.Errorf("read back %+v, %v; want %+v", got, ok, p)
 	}
+	six := p
+	six.Addr6 = netip.MustParseAddr("2402:4e00:0:16::5")
+	if got, ok := podOf(name, alias(six)); !ok || got != six {
+		t.Errorf("of both families: read back %+v, %v; want %+v", got, ok, six)
+	}
+	if got, ok := podOf(name, strings.Replace(alias(six), "::5", "::x", 1)); ok {
+		t.Errorf("of a damaged address: %+v", got)
+	}
 	long := p
 	long.Name = strings.Repeat("x", 253)
 	if got, ok := podOf(name, alias(long)); !ok || got.Addr != p.Addr || got.Attachment != p.Attachment || alias(got) != alias(long) {
@@ -55,6 +63,9 @@ func TestLedgerIsCompleted(t *testing.T) {
 	before := testPod("before", b.Addr.String())
 	double := b
 	double.Addr = a.Addr
+	six, doubleSix := a, b
+	six.Addr6 = netip.MustParseAddr("2402:4e00:0:16::5")
+	doubleSix.Addr6 = six.Addr6
 	for _, c := range []struct {
 		name    string
 		s       state
@@ -72,6 +83,7 @@ func TestLedgerIsCompleted(t *testing.T) {
 		{"missing", newState(), witness{instance: "ins-1", pods: []Pod{a, b}, configured: true}, nil, "2 pods", 2},
 		{"missing, without pods", newState(), witness{instance: "ins-1", configured: true}, nil, "missing", 0},
 		{"damaged", newState(), witness{instance: "ins-1", pods: []Pod{a}}, errors.New("line 1"), "line 1", 1},
+		{"one IPv6 address twice", newState(), witness{instance: "ins-1", pods: []Pod{six, doubleSix}}, nil, "2 pods", 0},
 		{"one address twice", newState(), witness{instance: "ins-1", pods: []Pod{a, double}}, nil, "2 pods", 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -224,7 +224,11 @@ func (n *Network) add(ctx context.Context, req cni.Request) (*cni.Result, error)
 		return nil, cni.Errorf(cni.CodeInvalidEnvironment, "open network namespace", "%v", err)
 	}
 	ns.Close()
-	pod, err := n.allocate(ctx, Pod{Attachment: req.Attachment, Namespace: req.PodNamespace, Name: req.PodName, NetNS: req.NetNS})
+	pod := Pod{Attachment: req.Attachment, Namespace: req.PodNamespace, Name: req.PodName, NetNS: req.NetNS}
+	if n.policy().dual {
+		pod.Addr6 = wantsIPv6
+	}
+	pod, err = n.allocate(ctx, pod)
 	if err != nil {
 		return nil, err
 	}
@@ -232,10 +236,14 @@ func (n *Network) add(ctx context.Context, req cni.Request) (*cni.Result, error)
 		return nil, errors.Join(err, n.del(req.Attachment))
 	}
 	host, hostMAC, mac := vethOf(pod.Attachment)
-	return &cni.Result{
+	result := &cni.Result{
 		HostName: host, HostMAC: hostMAC, MAC: mac, MTU: pod.MTU,
 		Addr: netip.PrefixFrom(pod.Addr, 32), Gateway: podGateway,
-	}, nil
+	}
+	if pod.Addr6.IsValid() {
+		result.Addr6, result.Gateway6 = netip.PrefixFrom(pod.Addr6, 128), podGateway6
+	}
+	return result, nil
 }
 
 // allocate waits for an address.
@@ -268,8 +276,8 @@ func (n *Network) allocate(ctx context.Context, p Pod) (Pod, error) {
 			return got, nil
 		}
 		rested := time.NewTimer(addTimeout)
-		if !short.next.IsZero() {
-			rested.Reset(time.Until(short.next))
+		if next := short.until(); !next.IsZero() {
+			rested.Reset(time.Until(next))
 		}
 		select {
 		case <-changed:
@@ -348,8 +356,8 @@ func (n *Network) check(req cni.Request) error {
 		return cni.Errorf(cni.CodeDrift, "pod is not wired", "no address is recorded for container %s", req.ContainerID)
 	}
 	for _, a := range req.Addrs {
-		if a != pod.Addr {
-			return cni.Errorf(cni.CodeDrift, "pod has another address", "prevResult says %s, its address is %s", a, pod.Addr)
+		if !pod.has(a) {
+			return cni.Errorf(cni.CodeDrift, "pod has another address", "prevResult says %s, its address is %s", a, pod.texts())
 		}
 	}
 	if pod.NetNS == "" { // the ledger was rebuilt, and the kernel does not know it

@@ -2,7 +2,6 @@ package eni
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -59,7 +58,7 @@ func describe(s state, sc scene, ready map[int]int, seen []tencent.ENI, now time
 		}
 		out.ENIs = append(out.ENIs, e)
 	}
-	if c := s.exhausted(ready, now); c != nil {
+	if c := s.exhausted(ready, sc.dual, now); c != nil {
 		out.Exhausted = c.Message
 	}
 	for _, p := range s.pods() {
@@ -67,7 +66,7 @@ func describe(s state, sc scene, ready map[int]int, seen []tencent.ENI, now time
 		st := PodState{Pod: p, Veth: name, State: "wired"}
 		wired, looked := sc.wired[p.Attachment]
 		switch {
-		case !slices.Contains(s.Slots[p.Slot].Addrs, p.Addr) || s.Slots[p.Slot].ENI != p.ENI:
+		case !slices.Contains(s.Slots[p.Slot].Addrs, p.Addr) || p.Addr6.IsValid() && !slices.Contains(s.Slots[p.Slot].Addrs6, p.Addr6) || s.Slots[p.Slot].ENI != p.ENI:
 			st.State = "address gone"
 		case !looked || wired: // one that is newer than the last look has just been wired
 		case sc.alive[p.Attachment]:
@@ -80,32 +79,20 @@ func describe(s state, sc scene, ready map[int]int, seen []tencent.ENI, now time
 	return out
 }
 
-// exhausted returns the warning that no address is left for another pod, or nil.
-// The node stays Ready: its pods run, and one that ends makes room.
-func (s state) exhausted(ready map[int]int, now time.Time) *node.Condition {
+// exhausted returns the warning that no address is left for another pod, or nil; dual
+// says that it needs one of IPv6, too. The node stays Ready: its pods run, and one
+// that ends makes room.
+func (s state) exhausted(ready map[int]int, dual bool, now time.Time) *node.Condition {
 	c := node.Condition{Type: node.PoolExhausted, Status: node.True, Reason: "NoFreeAddress"}
-	used := map[netip.Addr]bool{}
 	for _, p := range s.Pods {
-		used[p.Addr] = true
 		if p.Since.After(c.Since) {
 			c.Since = p.Since // the last address went to the newest pod
 		}
 	}
-	var short shortage
+	short, used := shortageOf(dual), s.holders()
 	for number := range ready {
-		for _, a := range s.Slots[number].Addrs {
-			short.usable++
-			until := s.restsUntil(a)
-			switch {
-			case used[a]:
-				short.used++
-			case until.After(now):
-				if short.resting++; short.next.IsZero() || until.Before(short.next) {
-					short.next = until
-				}
-			default:
-				return nil
-			}
+		if four, _ := s.offer(s.Slots[number], used, nil, now, &short); four.addr.IsValid() {
+			return nil
 		}
 	}
 	if len(ready) == 0 {

@@ -65,19 +65,43 @@ func TestExhausted(t *testing.T) {
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	ready := map[int]int{0: 1500}
 	s := twoPods(now)
-	c := s.exhausted(ready, now)
+	c := s.exhausted(ready, false, now)
 	if c == nil || !strings.Contains(c.Message, "2 of 2 addresses in use") || !c.Since.Equal(now.Add(-8*time.Minute)) {
 		t.Fatalf("all in use: %+v", c)
 	}
-	if c := s.exhausted(nil, now); c != nil {
+	if c := s.exhausted(nil, false, now); c != nil {
 		t.Errorf("no ENI is ready, which NetworkReady says: %+v", c)
 	}
 	b := cni.Attachment{ContainerID: "b", IfName: "eth0"}
 	s.apply(record{Rest: &rest{Attachment: b, Addr: s.Pods[b].Addr, Until: now.Add(coolDown)}})
-	if c := s.exhausted(ready, now); c == nil || !strings.Contains(c.Message, "1 resting until 2026-01-02T03:06:15Z") {
+	if c := s.exhausted(ready, false, now); c == nil || !strings.Contains(c.Message, "1 resting until 2026-01-02T03:06:15Z") {
 		t.Errorf("one rests: %+v", c)
 	}
-	if c := s.exhausted(ready, now.Add(coolDown)); c != nil {
+	if c := s.exhausted(ready, false, now.Add(coolDown)); c != nil {
 		t.Errorf("one has rested: %+v", c)
 	}
+}
+
+// TestExhaustedOfOneFamily holds that a pod that needs both has none while one lacks.
+func TestExhaustedOfOneFamily(t *testing.T) {
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	s := twoPods(now)
+	slot := s.Slots[0]
+	slot.Addrs = append(slot.Addrs, netip.MustParseAddr("10.0.16.7"))
+	s.Slots[0] = slot
+	if c := s.exhausted(map[int]int{0: 1500}, true, now); c == nil || !strings.Contains(c.Message, "IPv4: 2 of 3 addresses in use; IPv6: no ENI that is ready has an address for pods") {
+		t.Errorf("without an address of IPv6: %+v", c)
+	}
+	slot.Addrs6 = addrsOf("2402:4e00::5")
+	s.Slots[0] = slot
+	if c := s.exhausted(map[int]int{0: 1500}, true, now); c != nil {
+		t.Errorf("there is one of both: %+v", c)
+	}
+}
+
+func addrsOf(all ...string) (out []netip.Addr) {
+	for _, a := range all {
+		out = append(out, netip.MustParseAddr(a))
+	}
+	return out
 }

@@ -2,22 +2,28 @@ package eni
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// watchKernel calls wake whenever links, addresses, routes, rules, their sysctls
-// or nftables change, after it has told fights who did it. It returns when ctx ends
-// or when messages were lost.
-func watchKernel(ctx context.Context, fights *fights, wake func()) error {
+// watchKernel calls wake whenever links, addresses, routes, rules, their sysctls,
+// neighbours of pods or nftables change, of IPv6 if six, after it has told fights who
+// did it. It returns when ctx ends or when messages were lost.
+func watchKernel(ctx context.Context, six bool, fights *fights, wake func()) error {
 	group := func(n int) uint32 { return 1 << (n - 1) }
 	families := map[int]uint32{
 		unix.NETLINK_ROUTE: group(unix.RTNLGRP_LINK) | group(unix.RTNLGRP_IPV4_IFADDR) | group(unix.RTNLGRP_IPV4_ROUTE) |
 			group(unix.RTNLGRP_IPV4_RULE) | group(unix.RTNLGRP_IPV4_NETCONF) | group(unix.RTNLGRP_IPV6_NETCONF),
 		unix.NETLINK_NETFILTER: group(unix.NFNLGRP_NFTABLES),
+	}
+	if six {
+		families[unix.NETLINK_ROUTE] |= group(unix.RTNLGRP_IPV6_IFADDR) | group(unix.RTNLGRP_IPV6_ROUTE) | group(unix.RTNLGRP_IPV6_RULE) |
+			group(unix.RTNLGRP_NEIGH)
 	}
 	ended := make(chan error, len(families))
 	running := 0
@@ -39,6 +45,7 @@ func watchKernel(ctx context.Context, fights *fights, wake func()) error {
 					ended <- fmt.Errorf("watch netlink family %d: %w", family, err)
 					return
 				}
+				messages = slices.DeleteFunc(messages, passing)
 				for _, m := range messages {
 					if family == unix.NETLINK_ROUTE {
 						h.route(m)
@@ -46,7 +53,9 @@ func watchKernel(ctx context.Context, fights *fights, wake func()) error {
 						h.nftables(m)
 					}
 				}
-				wake()
+				if len(messages) > 0 {
+					wake()
+				}
 			}
 		}()
 	}
@@ -66,4 +75,15 @@ func watchKernel(ctx context.Context, fights *fights, wake func()) error {
 		<-ended
 	}
 	return err
+}
+
+// passing reports whether a message is of a neighbour that comes and goes by itself,
+// as those do that the kernel asks for: none of IPv4 is ours, and of IPv6 those that
+// stay, until somebody takes one away.
+func passing(m netlink.Message) bool {
+	if m.Header.Type != unix.RTM_NEWNEIGH && m.Header.Type != unix.RTM_DELNEIGH || len(m.Data) < unix.SizeofNdMsg {
+		return false
+	}
+	state := binary.NativeEndian.Uint16(m.Data[8:])
+	return m.Data[0] != unix.AF_INET6 || state&(unix.NUD_PERMANENT|unix.NUD_FAILED) == 0
 }

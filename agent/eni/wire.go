@@ -57,7 +57,7 @@ func (k *kernel) observeAll(pol policy, pod Pod) ([]object, error) {
 	if err != nil {
 		return nil, err
 	}
-	host, err := k.observe(pol.hostObjects(pod), links)
+	host, err := k.observe(pol.hostObjects(pod), links, pod.Addr6.IsValid())
 	if err != nil {
 		return nil, err
 	}

@@ -95,6 +95,20 @@ func TestAdd(t *testing.T) {
 	}
 }
 
+// TestAddDualStack holds how addresses of both families are printed.
+func TestAddDualStack(t *testing.T) {
+	dual := strings.Replace(added, `,"mtu"`, `,"addr6":"2402:4e00::5/128","gateway6":"fe80::1","mtu"`, 1)
+	for version, want := range map[string]string{
+		"0.3.1": `"ips":[{"version":"4","address":"10.0.16.5/32","gateway":"169.254.1.1","interface":1},{"version":"6","address":"2402:4e00::5/128","gateway":"fe80::1","interface":1}],"routes":[{"dst":"0.0.0.0/0","gw":"169.254.1.1"},{"dst":"::/0","gw":"fe80::1"}]`,
+		"1.1.0": `"ips":[{"address":"10.0.16.5/32","gateway":"169.254.1.1","interface":1},{"address":"2402:4e00::5/128","gateway":"fe80::1","interface":1}],"routes":[{"dst":"0.0.0.0/0","gw":"169.254.1.1"},{"dst":"::/0","gw":"fe80::1"}]`,
+	} {
+		socket, _ := agent(t, dual)
+		if got, code := (testCall{env("ADD"), strings.ReplaceAll(conf, "1.1.0", version)}).run(t, socket, 5*time.Second); !strings.Contains(got, want) || code != 0 {
+			t.Errorf("%s: exit status %d:\n%s\nwant\n%s", version, code, got, want)
+		}
+	}
+}
+
 // TestAgentRestarts holds that a call survives an agent that goes away before it
 // has read the request, and one that goes away before it has answered.
 func TestAgentRestarts(t *testing.T) {

@@ -82,9 +82,18 @@ func resultFor(version string, r cni.Result, req cni.Request) result {
 		IPs:        []ip{{Address: r.Addr, Gateway: r.Gateway, Interface: &inPod}},
 		Routes:     []route{{Dst: netip.PrefixFrom(netip.IPv4Unspecified(), 0), GW: r.Gateway}},
 	}
+	if r.Addr6.IsValid() {
+		out.IPs = append(out.IPs, ip{Address: r.Addr6, Gateway: r.Gateway6, Interface: &inPod})
+		out.Routes = append(out.Routes, route{Dst: netip.PrefixFrom(netip.IPv6Unspecified(), 0), GW: r.Gateway6})
+	}
 	switch version {
 	case "0.3.1", "0.4.0":
-		out.IPs[0].Version = "4"
+		for i, a := range out.IPs {
+			out.IPs[i].Version = "4"
+			if a.Address.Addr().Is6() {
+				out.IPs[i].Version = "6"
+			}
+		}
 	case "1.1.0":
 		out.Interfaces[0].MTU, out.Interfaces[1].MTU = r.MTU, r.MTU
 	}

@@ -88,6 +88,8 @@ type Result struct {
 	MAC      string       `json:"mac"` // the pod's end
 	Addr     netip.Prefix `json:"addr"`
 	Gateway  netip.Addr   `json:"gateway"`
+	Addr6    netip.Prefix `json:"addr6,omitzero"` // where pods have IPv6 addresses, too
+	Gateway6 netip.Addr   `json:"gateway6,omitzero"`
 	MTU      int          `json:"mtu"`
 }
 
