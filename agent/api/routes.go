@@ -112,8 +112,8 @@ func (s *Server) explain(w http.ResponseWriter, r *http.Request) error {
 			continue
 		}
 		a, err := netip.ParseAddr(text)
-		if err != nil || !a.Is4() {
-			return bad("%s=%.64q is not an IPv4 address", name, text)
+		if err != nil || !eni.Explicable(a) {
+			return bad("%s=%.64q is not an address of a VPC", name, text)
 		}
 		*dst = a
 	}

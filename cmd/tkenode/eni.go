@@ -4,6 +4,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"net/netip"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -57,16 +58,28 @@ func askENI(fs *flag.FlagSet, render func(*terminal, eni.State)) action {
 
 // renderENI prints the sum, what is wrong, and a section for every slot.
 func renderENI(t *terminal, st eni.State) {
-	count := map[string]int{}
-	for _, e := range st.ENIs {
-		for _, a := range e.Addresses {
-			count[a.State]++
+	sum, color := "", green
+	for _, six := range []bool{false, true} {
+		count, all := map[string]int{}, 0
+		for _, e := range st.ENIs {
+			for _, a := range e.Addresses {
+				if a.Addr.Is6() == six {
+					count[a.State]++
+					all++
+				}
+			}
 		}
-	}
-	sum := fmt.Sprintf("%d addresses free, %d used, %d cooling", count["free"], count["used"], count["cooling"])
-	color := green
-	if n := count["gone"]; n > 0 {
-		sum, color = sum+fmt.Sprintf(", %d gone", n), red
+		what := "%d addresses free"
+		if six {
+			what = "; IPv6: %d free"
+		}
+		if six && all == 0 {
+			break
+		}
+		sum += fmt.Sprintf(what+", %d used, %d cooling", count["free"], count["used"], count["cooling"])
+		if n := count["gone"]; n > 0 {
+			sum, color = sum+fmt.Sprintf(", %d gone", n), red
+		}
 	}
 	if st.Exhausted != "" {
 		color = red
@@ -107,7 +120,11 @@ func renderSlot(t *terminal, st eni.State, e eni.ENIState) {
 		if device == "" {
 			device = "no link"
 		}
-		t.block("  ", fmt.Sprintf("%s  %s  %s", device, e.MAC, strings.TrimSpace(e.SubnetID+" "+e.Subnet.String())))
+		subnet := e.SubnetID + " " + e.Subnet.String()
+		if e.Subnet6.IsValid() {
+			subnet += " " + e.Subnet6.String()
+		}
+		t.block("  ", fmt.Sprintf("%s  %s  %s", device, e.MAC, strings.TrimSpace(subnet)))
 	}
 	if len(e.SecurityGroups) > 0 {
 		t.block("  ", "security groups "+strings.Join(e.SecurityGroups, ", "))
@@ -115,21 +132,33 @@ func renderSlot(t *terminal, st eni.State, e eni.ENIState) {
 	if e.Intent != "" {
 		t.block("  ", fmt.Sprintf("under way: %s for %s", e.Intent, span(st.Now.Sub(e.Since))))
 	}
+	// Addresses of IPv6 are as long as they are: a column for the longest of them.
+	width := 17
+	for _, a := range e.Addresses {
+		if a.State != "free" {
+			width = max(width, len(a.Addr.String())+2)
+		}
+	}
+	if e.Primary6.IsValid() {
+		width = max(width, len(e.Primary6.String())+2)
+	}
 	var free []string
 	for _, a := range e.Addresses {
 		switch a.State {
 		case "free":
 			free = append(free, a.Addr.String())
 		case "cooling":
-			row(t, fmt.Sprintf("  %s%s for %s", pad(a.Addr.String(), 17), t.paint(faint, "cooling"), span(a.Until.Sub(st.Now))))
+			row(t, fmt.Sprintf("  %s%s for %s", pad(a.Addr.String(), width), t.paint(faint, "cooling"), span(a.Until.Sub(st.Now))))
 		case "gone":
-			row(t, fmt.Sprintf("  %s%s %s", pad(a.Addr.String(), 17), t.paint(red, pad("gone", 8)), clean(a.Pod)))
+			row(t, fmt.Sprintf("  %s%s %s", pad(a.Addr.String(), width), t.paint(red, pad("gone", 8)), clean(a.Pod)))
 		default:
-			row(t, fmt.Sprintf("  %s%s %s", pad(a.Addr.String(), 17), pad(a.State, 8), clean(a.Pod)))
+			row(t, fmt.Sprintf("  %s%s %s", pad(a.Addr.String(), width), pad(a.State, 8), clean(a.Pod)))
 		}
 	}
-	if e.Primary.IsValid() {
-		row(t, fmt.Sprintf("  %sthe ENI's own, no pod's", pad(e.Primary.String(), 17)))
+	for _, a := range []netip.Addr{e.Primary, e.Primary6} {
+		if a.IsValid() {
+			row(t, fmt.Sprintf("  %sthe ENI's own, no pod's", pad(a.String(), width)))
+		}
 	}
 	if len(free) > 0 {
 		t.block("  ", "free: "+strings.Join(free, " "))
@@ -144,7 +173,11 @@ func renderPods(t *terminal, st eni.State) {
 	}
 	rows := [][]string{{"STATE", "ADDRESS", "ENI", "SLOT", "VETH", "FOR", "POD"}}
 	for _, p := range st.Pods {
-		rows = append(rows, []string{p.State, p.Addr.String(), clean(p.ENI), strconv.Itoa(p.Slot), p.Veth, span(st.Now.Sub(p.Since)), clean(p.String())})
+		addr := p.Addr.String()
+		if p.Addr6.IsValid() {
+			addr += "," + p.Addr6.String()
+		}
+		rows = append(rows, []string{p.State, addr, clean(p.ENI), strconv.Itoa(p.Slot), p.Veth, span(st.Now.Sub(p.Since)), clean(p.String())})
 	}
 	width := make([]int, len(rows[0]))
 	for _, r := range rows {

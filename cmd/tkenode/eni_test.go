@@ -61,6 +61,30 @@ func TestENIText(t *testing.T) {
 	golden(t, "testdata/eni.txt", b.Bytes())
 }
 
+// dual is a node whose pods have addresses of both families.
+func dual() eni.State {
+	st := network()
+	st.Exhausted, st.Blocked, st.MetadataRefused = "", "", 0
+	st.ENIs, st.Pods = st.ENIs[:1], st.Pods[1:2]
+	st.Pods[0].Addr6 = addr("2402:4e00:1020:1404:0:8cd9:2a67:71f3")
+	e := &st.ENIs[0]
+	e.Subnet6, e.Primary6 = netip.MustParsePrefix("2402:4e00:1020:1404::/64"), addr("2402:4e00:1020:1404::4")
+	e.Addresses = []eni.AddressState{
+		{Addr: addr("10.0.16.5"), State: "used", Pod: "default/web-6b8f7c9d4f-x2x7p"}, {Addr: addr("10.0.16.6"), State: "free"},
+		{Addr: st.Pods[0].Addr6, State: "used", Pod: "default/web-6b8f7c9d4f-x2x7p"}, {Addr: addr("2402:4e00:1020:1404::6"), State: "cooling", Until: now.Add(62 * time.Second)},
+	}
+	return st
+}
+
+func TestDualStackText(t *testing.T) {
+	var b bytes.Buffer
+	out := &terminal{w: &b, tty: true, width: 100}
+	renderENI(out, dual())
+	out.printf("\n")
+	renderPods(out, dual())
+	golden(t, "testdata/dual.txt", b.Bytes())
+}
+
 func TestPodsText(t *testing.T) {
 	var b bytes.Buffer
 	out := &terminal{w: &b, tty: true, width: 80}

@@ -41,8 +41,8 @@ know of the address, where the kernel sends packets to it, and what a pod may ha
 	flags: func(fs *flag.FlagSet) action {
 		return explain(fs, func(text string) (eni.Question, error) {
 			a, err := netip.ParseAddr(text)
-			if err != nil || !a.Is4() {
-				return eni.Question{}, usagef("explain ip wants an IPv4 address, not %q", text)
+			if err != nil || !eni.Explicable(a) {
+				return eni.Question{}, usagef("explain ip wants an address such as a pod has, not %q", text)
 			}
 			return eni.Question{IP: a}, nil
 		})
@@ -70,8 +70,8 @@ func explain(fs *flag.FlagSet, parse func(string) (eni.Question, error)) action 
 		if err != nil {
 			return err
 		}
-		if q.To = to; to.IsValid() && !to.Is4() {
-			return usagef("--to wants an IPv4 address, not %q", to)
+		if q.To = to; to.IsValid() && !eni.Explicable(to) {
+			return usagef("--to wants an address that packets are routed to, not %q", to)
 		}
 		c := api.NewClient(api.Socket)
 		defer c.Close()
