@@ -155,47 +155,61 @@ func (p *pod) del() {
 // TestKernelCampaignModel makes random calls and compares the kernel with the plan
 // after each, and the addresses with a model.
 func TestKernelCampaignModel(t *testing.T) {
-	episodes(t, "model", 40, 500, 20, func(e *episode) {
-		e.manyAddrs(300)
-		e.attach("eth1")
-		e.converge()
-		defer e.serve()()
-		before := e.kernelDump()
-		m := model{e, map[*pod]netip.Addr{}, map[netip.Addr]time.Time{}, 0}
-		for i := range e.steps {
-			call := m.step()
-			plan := e.plan()
-			if strings.HasPrefix(plan.String(), "forget connections") && len(plan.Changes) == 1 { // addresses have rested
-				must(e.t, e.net.Paths().Apply(e.t.Context(), plan))
-				plan = e.plan()
-			}
-			if !plan.Empty() {
-				e.t.Fatalf("step %d, plan after %s:\n%s", i, call, plan)
-			}
-			s, err := e.net.State()
-			must(e.t, err)
-			if len(s.Pods) != len(m.live) {
-				e.t.Fatalf("step %d, %s: %d pods, the model has %d", i, call, len(s.Pods), len(m.live))
-			}
+	episodes(t, "model", 40, 500, 20, func(e *episode) { e.model(false) })
+}
+
+// TestKernelCampaignModelDualStack does the same where pods have IPv6 addresses, too.
+func TestKernelCampaignModelDualStack(t *testing.T) {
+	episodes(t, "model, dual-stack", 20, 500, 10, func(e *episode) { e.model(true) })
+}
+
+func (e *episode) model(dual bool) {
+	e.manyAddrs(300)
+	if dual {
+		e.dual()
+	}
+	e.attach("eth1")
+	e.converge()
+	defer e.serve()()
+	before := e.kernelDump()
+	m := model{episode: e, live: map[*pod]netip.Addr{}, rested: map[netip.Addr]time.Time{}}
+	if dual {
+		m.six = map[*pod]netip.Addr{}
+	}
+	for i := range e.steps {
+		call := m.step()
+		plan := e.plan()
+		if strings.HasPrefix(plan.String(), "forget connections") && len(plan.Changes) == 1 { // addresses have rested
+			must(e.t, e.net.Paths().Apply(e.t.Context(), plan))
+			plan = e.plan()
 		}
-		for p := range m.live {
-			p.del()
+		if !plan.Empty() {
+			e.t.Fatalf("step %d, plan after %s:\n%s", i, call, plan)
 		}
-		must(e.t, e.net.paths.reap())
-		if after := e.kernelDump(); after != before {
-			e.t.Errorf("after all DELs:\n%s\nbefore:\n%s", after, before)
+		s, err := e.net.State()
+		must(e.t, err)
+		if len(s.Pods) != len(m.live) {
+			e.t.Fatalf("step %d, %s: %d pods, the model has %d", i, call, len(s.Pods), len(m.live))
 		}
-		if s, err := e.net.State(); err != nil || len(s.Pods) != 0 || len(s.ENIs[0].Addrs) != 300 {
-			e.t.Errorf("%d pods, %d addresses at the end, error %v", len(s.Pods), len(s.ENIs[0].Addrs), err)
-		}
-		e.figures["pods"] = float64(m.made)
-	})
+	}
+	for p := range m.live {
+		p.del()
+	}
+	must(e.t, e.net.paths.reap())
+	if after := e.kernelDump(); after != before {
+		e.t.Errorf("after all DELs:\n%s\nbefore:\n%s", after, before)
+	}
+	if s, err := e.net.State(); err != nil || len(s.Pods) != 0 || len(s.ENIs[0].Addrs) != 300 {
+		e.t.Errorf("%d pods, %d addresses at the end, error %v", len(s.Pods), len(s.ENIs[0].Addrs), err)
+	}
+	e.figures["pods"] = float64(m.made)
 }
 
 // model is what there must be.
 type model struct {
 	*episode
 	live   map[*pod]netip.Addr
+	six    map[*pod]netip.Addr      // nil: pods have none
 	rested map[netip.Addr]time.Time // when its last pod was deleted
 	made   int
 }
@@ -210,6 +224,33 @@ func (m *model) any() *pod {
 	return all[m.IntN(len(all))]
 }
 
+// add adds a pod, once more or not, and checks its addresses.
+func (m *model) add(p *pod) {
+	old, again := m.live[p]
+	var four, six netip.Addr
+	if m.six == nil {
+		four = p.add()
+	} else if four, six = p.add6(); again && six != m.six[p] {
+		m.t.Fatalf("repeated ADD of %s: %s, had %s", p.name, six, m.six[p])
+	}
+	if again && four != old {
+		m.t.Fatalf("repeated ADD of %s: %s, had %s", p.name, four, old)
+	}
+	for other := range m.live {
+		if other != p && (m.live[other] == four || six.IsValid() && m.six[other] == six) {
+			m.t.Fatalf("%s and %s given to %s and one of them to %s", four, six, p.name, other.name)
+		}
+	}
+	for _, a := range []netip.Addr{four, six} {
+		if gone, ok := m.rested[a]; ok && !again && time.Since(gone) < coolDown-time.Second { // the ledger has whole seconds
+			m.t.Fatalf("%s given %s after its last pod", a, time.Since(gone))
+		}
+	}
+	if m.live[p] = four; six.IsValid() {
+		m.six[p] = six
+	}
+}
+
 func (m *model) step() string {
 	const most = 30
 	choice := m.IntN(100)
@@ -217,26 +258,18 @@ func (m *model) step() string {
 	case len(m.live) == 0 || choice < 45 && len(m.live) < most:
 		p := newPod(m.t, fmt.Sprintf("p%04d", m.made))
 		m.made++
-		a := p.add()
-		for other, taken := range m.live {
-			if taken == a {
-				m.t.Fatalf("%s given to %s and to %s", a, other.name, p.name)
-			}
-		}
-		if gone, ok := m.rested[a]; ok && time.Since(gone) < coolDown-time.Second { // the ledger has whole seconds
-			m.t.Fatalf("%s given %s after its last pod", a, time.Since(gone))
-		}
-		m.live[p] = a
+		m.add(p)
 		return "ADD of " + p.name
 	case choice < 55:
 		p := m.any()
-		if a := p.add(); a != m.live[p] {
-			m.t.Fatalf("repeated ADD of %s: %s, had %s", p.name, a, m.live[p])
-		}
+		m.add(p)
 		return "repeated ADD of " + p.name
 	case choice < 70:
 		p := m.any()
 		ips := []any{map[string]any{"address": m.live[p].String() + "/32"}}
+		if six := m.six[p]; six.IsValid() {
+			ips = append(ips, map[string]any{"address": six.String() + "/128"})
+		}
 		_, err := p.plugin("CHECK", map[string]any{"prevResult": map[string]any{"ips": ips}})
 		must(m.t, err)
 		return "CHECK of " + p.name
@@ -262,8 +295,13 @@ func (m *model) step() string {
 }
 
 func (m *model) gone(p *pod) {
-	m.rested[m.live[p]] = time.Now()
+	for _, a := range []netip.Addr{m.live[p], m.six[p]} {
+		if a.IsValid() {
+			m.rested[a] = time.Now()
+		}
+	}
 	delete(m.live, p)
+	delete(m.six, p)
 }
 
 // gc keeps most of the pods.

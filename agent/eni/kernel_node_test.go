@@ -87,8 +87,10 @@ type testNode struct {
 var (
 	nodeAddr   = netip.MustParseAddr("10.0.0.5")
 	vpcPeer    = netip.MustParseAddr("10.0.0.20")
+	vpcPeer6   = netip.MustParseAddr("2402:4e00::20")
 	outsider   = netip.MustParseAddr("203.0.113.9")
 	podSubnet  = netip.MustParsePrefix("10.0.16.0/20")
+	podSubnet6 = netip.MustParsePrefix("2402:4e00:0:16::/64")
 	primaryMAC = "52:54:00:00:00:01"
 	eniMAC     = "52:54:00:00:00:02"
 )
@@ -102,10 +104,10 @@ func newTestNode(t *testing.T) *testNode {
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
 	var err error
 	n.vpc, err = vpc.New(vpc.Config{
-		CIDR: netip.MustParsePrefix("10.0.0.0/16"),
+		CIDR: netip.MustParsePrefix("10.0.0.0/16"), CIDR6: netip.MustParsePrefix("2402:4e00::/48"),
 		Subnets: []vpc.Subnet{
-			{ID: "subnet-node0001", CIDR: netip.MustParsePrefix("10.0.0.0/24")},
-			{ID: "subnet-pods0001", CIDR: podSubnet},
+			{ID: "subnet-node0001", CIDR: netip.MustParsePrefix("10.0.0.0/24"), CIDR6: netip.MustParsePrefix("2402:4e00::/64")},
+			{ID: "subnet-pods0001", CIDR: podSubnet, CIDR6: podSubnet6},
 		},
 		Log: log,
 	})
@@ -169,9 +171,18 @@ func (n *testNode) record() {
 		n.t.Fatal(err)
 	}
 	must(n.t, l.begin(n.sealed.Facts.InstanceID))
-	must(n.t, l.record(record{Slot: &Slot{
-		Number: 0, ENI: n.eni.ENI, MAC: n.eni.MAC.String(), Subnet: podSubnet, Primary: n.eni.Addrs[0], Addrs: n.eni.Addrs[1:],
-	}}))
+	slot := Slot{Number: 0, ENI: n.eni.ENI, MAC: n.eni.MAC.String(), Subnet: podSubnet, Primary: n.eni.Addrs[0]}
+	for _, a := range n.eni.Addrs[1:] {
+		switch {
+		case a.Is4():
+			slot.Addrs = append(slot.Addrs, a)
+		case !slot.Primary6.IsValid():
+			slot.Subnet6, slot.Primary6 = podSubnet6, a
+		default:
+			slot.Addrs6 = append(slot.Addrs6, a)
+		}
+	}
+	must(n.t, l.record(record{Slot: &slot}))
 }
 
 // plan plans the paths.
@@ -298,12 +309,14 @@ func (p *pod) add() netip.Addr {
 // listen answers TCP connections in the pod with the address they come from.
 func (p *pod) listen() {
 	must(p.t, p.enter(func() error {
-		l, err := net.Listen("tcp", ":80")
-		if err != nil {
-			return err
+		for network, at := range map[string]string{"tcp4": "0.0.0.0:80", "tcp6": "[::]:80"} {
+			l, err := net.Listen(network, at)
+			if err != nil {
+				return err
+			}
+			p.t.Cleanup(func() { l.Close() })
+			go tellOrigin(l)
 		}
-		p.t.Cleanup(func() { l.Close() })
-		go tellOrigin(l)
 		return nil
 	}))
 }
@@ -356,7 +369,11 @@ func (n *testNode) reach(from *pod, to, as netip.Addr) {
 // reached checks that the VPC reaches the address.
 func (n *testNode) reached(to netip.Addr) {
 	n.t.Helper()
-	n.reachedAt(vpcPeer, netip.AddrPortFrom(to, 80), vpcPeer)
+	from := vpcPeer
+	if to.Is6() {
+		from = vpcPeer6
+	}
+	n.reachedAt(from, netip.AddrPortFrom(to, 80), from)
 }
 
 // reachedAt checks that an address of the VPC or outside of it reaches to, and
@@ -400,14 +417,14 @@ func (n *testNode) noWrongFrames() {
 func (n *testNode) kernelDump() string {
 	n.t.Helper()
 	var b strings.Builder
-	for _, args := range []string{"ip -o link", "ip rule", "ip route show table all", "ip neigh", "nft -s list ruleset"} {
+	for _, args := range []string{"ip -o link", "ip rule", "ip -6 rule", "ip route show table all", "ip -6 addr", "ip neigh", "nft -s list ruleset"} {
 		f := strings.Fields(args)
 		out, err := exec.Command(f[0], f[1:]...).CombinedOutput()
 		if err != nil {
 			n.t.Fatalf("%s: %v: %s", args, err, out)
 		}
 		for line := range strings.Lines(string(out)) {
-			if !strings.Contains(line, "10.0.0.20") && !strings.Contains(line, "lladdr") { // what traffic leaves behind
+			if !strings.Contains(line, vpcPeer.String()) && !strings.Contains(line, vpcPeer6.String()) && !strings.Contains(line, "lladdr") { // what traffic leaves behind
 				b.WriteString(line)
 			}
 		}

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 )
 
 // TestKernelAddressReuse holds that a pod gets an address only after the kernel
@@ -66,7 +65,7 @@ func TestKernelAddressReuse(t *testing.T) {
 // flows returns the tracked connections of an address.
 func flows(t *testing.T, a netip.Addr) (of []*netlink.ConntrackFlow) {
 	t.Helper()
-	all, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+	all, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(familyOf(a.Is6())))
 	must(t, err)
 	for _, f := range all {
 		if (flowsOf{a: true}).MatchConntrackFlow(f) {
