@@ -53,7 +53,7 @@ type Cloud interface {
 	DescribeSubnets(ctx context.Context, ids []string) ([]tencent.Subnet, error)
 	ENILimit(ctx context.Context, instanceID string) (tencent.ENILimit, error)
 	CreateENI(ctx context.Context, spec tencent.ENISpec) (tencent.ENI, string, error)
-	AttachENI(ctx context.Context, eniID, instanceID, clientToken string) (string, error)
+	AttachENI(ctx context.Context, eniID, instanceID string, attachType int, clientToken string) (string, error)
 	AssignIPs(ctx context.Context, eniID string, n int, clientToken string) ([]tencent.IP, string, error)
 	UnassignIPs(ctx context.Context, eniID string, addrs []netip.Addr) (string, error)
 	DetachENI(ctx context.Context, eniID, instanceID, clientToken string) (string, error)
@@ -89,6 +89,7 @@ type Network struct {
 	demand    chan struct{} // an ADD has taken an address, or found none
 	waiting   atomic.Int32  // ADDs that have found none
 	exhausted atomic.Pointer[node.Condition]
+	wants     wants // of ADDs that wait for an ENI whole
 
 	explaining chan struct{} // capacity 1: full while one question is answered
 
@@ -127,6 +128,7 @@ func New(o Options) *Network {
 	n.pool = newPool(n, o.Cloud)
 	n.paths = &Paths{network: n, conflist: o.Conflist, configured: o.ConfiguredFile, plugins: o.Plugins}
 	n.paths.ready.Store(&map[int]int{})
+	n.paths.whole.Store(&map[int]int{})
 	n.ledger.witness = n.witness
 	return n
 }

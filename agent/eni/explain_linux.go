@@ -29,7 +29,7 @@ func (k *kernel) look(p Pod, s state, pol policy, to netip.Addr) (sight, error) 
 	slot := s.Slots[p.Slot]
 	out := sight{pod: p, pol: pol, slot: slot, device: sc.devices[slot.MAC], primary: sc.devices[pol.primaryMAC], marked: -1}
 
-	inside, err := k.observePod(p)
+	inside, err := k.observeInside(p)
 	if err != nil {
 		out.dead = err.Error()
 		return out, nil
@@ -42,7 +42,7 @@ func (k *kernel) look(p Pod, s state, pol policy, to netip.Addr) (sight, error) 
 	if _, ok := s.Slots[p.Slot]; ok {
 		only.Slots[p.Slot] = slot
 	}
-	want := append(desired(only, sc), insideObjects(p)...)
+	want := append(desired(only, sc), pol.insideObjects(p)...)
 	have, err := k.observe(want, links)
 	if err != nil {
 		return out, err

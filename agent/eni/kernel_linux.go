@@ -134,6 +134,7 @@ func (k *kernel) observe(want []object, links []netlink.Link) ([]object, error) 
 		func() ([]object, error) { return k.nft.find(want) },
 		func() ([]object, error) { return k.findRoutes(names) },
 		func() ([]object, error) { return findVeths(links), nil },
+		func() ([]object, error) { return k.findParked(want, links) },
 	} {
 		found, err := find()
 		if err != nil {
@@ -218,7 +219,7 @@ func (k *kernel) findRules() ([]object, error) {
 }
 
 func ruleOf(r netlink.Rule) foundRule {
-	o := rule{priority: r.Priority, from: hostOf(r.Src), to: hostOf(r.Dst), mark: r.Mark, table: r.Table, foreign: otherSelectors(r)}
+	o := rule{priority: r.Priority, from: hostOf(r.Src), to: hostOf(r.Dst), iif: r.IifName, mark: r.Mark, table: r.Table, foreign: otherSelectors(r)}
 	return foundRule{o, r}
 }
 
@@ -244,9 +245,6 @@ func otherSelectors(r netlink.Rule) string {
 	}
 	if r.Dst != nil && !hostOf(r.Dst).IsValid() {
 		s += " to " + r.Dst.String()
-	}
-	if r.IifName != "" {
-		s += " iif " + r.IifName
 	}
 	if r.OifName != "" {
 		s += " oif " + r.OifName
@@ -280,6 +278,7 @@ func (o rule) netlink() *netlink.Rule {
 	if o.to.IsValid() {
 		r.Dst = ipNet(o.to)
 	}
+	r.IifName = o.iif
 	if o.mark != 0 {
 		mask := uint32(markMask)
 		r.Mark, r.Mask = o.mark, &mask
@@ -301,7 +300,7 @@ func (k *kernel) findRoutes(names map[int]string) ([]object, error) {
 	}
 	var have []object
 	for _, r := range all {
-		if r.Protocol == protocol || r.Table >= podTable && r.Table < slotTable+maxSlots {
+		if r.Protocol == protocol || r.Table >= podTable && r.Table <= exclusiveTable {
 			have = append(have, routeOf(r, names))
 		}
 	}

@@ -92,7 +92,7 @@ func (o table) put(k *kernel) error {
 	const batch = 500 // an attribute holds 64 KiB
 	var keep []nftables.SetElement
 	for _, e := range elements {
-		if e.slot >= 0 && e.slot < maxSlots {
+		if slotNumber(e.slot) && (e.slot < maxSlots || o.exclusive) {
 			keep = append(keep, e.nftables()...)
 		}
 	}
@@ -231,6 +231,9 @@ func slotOf(verdict []byte) int {
 		if attrs.Type() != unix.NFTA_VERDICT_CHAIN {
 			continue
 		}
+		if attrs.String() == exclusiveChain {
+			slot = exclusiveSlot
+		}
 		if digits, ok := strings.CutPrefix(attrs.String(), slotChain); ok {
 			if n, err := strconv.Atoi(digits); err == nil {
 				slot = n
@@ -312,8 +315,16 @@ func sameRule(a, b *nftables.Rule) bool {
 func (o element) nftables() []nftables.SetElement {
 	return []nftables.SetElement{{
 		Key:         o.addr.AsSlice(),
-		VerdictData: &expr.Verdict{Kind: expr.VerdictJump, Chain: fmt.Sprint(slotChain, o.slot)},
+		VerdictData: &expr.Verdict{Kind: expr.VerdictJump, Chain: o.chain()},
 	}}
+}
+
+// chain is where the address leads to.
+func (o element) chain() string {
+	if o.slot >= exclusiveSlot {
+		return exclusiveChain
+	}
+	return fmt.Sprint(slotChain, o.slot)
 }
 
 func (o element) put(k *kernel) error {

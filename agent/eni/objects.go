@@ -87,6 +87,7 @@ func (o route) attr() string {
 type rule struct {
 	priority int
 	from, to netip.Addr // invalid: all
+	iif      string     // empty: any
 	mark     uint32     // 0: any; under markMask
 	table    int
 	foreign  string // as found: what ours do not have
@@ -100,6 +101,9 @@ func (o rule) key() string {
 	s := fmt.Sprintf("rule %d from %s", o.priority, from)
 	if o.to.IsValid() {
 		s += " to " + o.to.String()
+	}
+	if o.iif != "" {
+		s += " iif " + o.iif
 	}
 	if o.mark != 0 {
 		s += fmt.Sprintf(" fwmark %#x/%#x", o.mark, markMask)
@@ -122,10 +126,11 @@ func (o rule) attr() string { return "" }
 
 // table is our nftables table with all in it but the pods.
 type table struct {
-	dev     string         // of the primary ENI; empty: it is not there
-	primary netip.Addr     // of the primary ENI
-	inside  []netip.Prefix // destinations that see a pod's own address
-	found   string         // when it is not as it was wanted
+	dev       string         // of the primary ENI; empty: it is not there
+	primary   netip.Addr     // of the primary ENI
+	inside    []netip.Prefix // destinations that see a pod's own address
+	exclusive bool           // pods may have ENIs whole
+	found     string         // when it is not as it was wanted
 }
 
 func (o table) key() string { return "nft table inet " + nftTable }
@@ -139,7 +144,11 @@ func (o table) attr() string {
 // layout names the chains and rules of the table. Every rule carries it, so that
 // rules that another version made, or for another device, are replaced.
 func (o table) layout() string {
-	return fmt.Sprintf("layout 3, %d slots, outside by %q as %s", maxSlots, o.dev, o.primary)
+	s := fmt.Sprintf("layout 3, %d slots, outside by %q as %s", maxSlots, o.dev, o.primary)
+	if o.exclusive {
+		s += ", exclusive"
+	}
+	return s
 }
 
 // element is a pod's address in the map from addresses to slots.
@@ -150,8 +159,11 @@ type element struct {
 
 func (o element) key() string { return fmt.Sprintf("nft pod %s", o.addr) }
 func (o element) attr() string {
-	if o.slot < 0 {
+	switch {
+	case o.slot < 0:
 		return "no slot"
+	case o.slot >= exclusiveSlot:
+		return exclusiveChain
 	}
 	return fmt.Sprintf("slot %d", o.slot)
 }

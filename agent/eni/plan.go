@@ -121,6 +121,8 @@ type policy struct {
 	inside     []netip.Prefix // destinations that see a pod's own address
 	metadata   []string       // pods that may ask the metadata service, as patterns
 	compat     bool           // rules for each pod, as TKE's
+	exclusive  bool           // pods may have ENIs whole
+	services   []netip.Prefix // that such pods reach through the node
 }
 
 func policyOf(s node.Sealed) policy {
@@ -132,6 +134,7 @@ func policyOf(s node.Sealed) policy {
 	return policy{
 		primaryMAC: s.Facts.MAC, primary: s.Facts.PrivateIP, inside: inside,
 		metadata: n.MetadataAccess, compat: n.Layout == node.LayoutTKECompat,
+		exclusive: n.ExclusiveENIs > 0, services: servicesOf(s),
 	}
 }
 
@@ -165,7 +168,11 @@ func desired(s state, sc scene) []object {
 	if ok {
 		want = append(want, looseReversePath(primary.name), forwarding(primary.name))
 	}
-	want = append(want, table{dev: primary.name, primary: sc.primary, inside: sc.inside})
+	sc.exclusive = sc.exclusive || s.exclusive()
+	want = append(want, table{dev: primary.name, primary: sc.primary, inside: sc.inside, exclusive: sc.exclusive})
+	if sc.exclusive {
+		want = append(want, exclusiveRules()...)
+	}
 	if sc.compat {
 		want = append(want, rule{priority: outsidePriority, mark: primaryMark, table: mainTable})
 	} else {
@@ -178,6 +185,10 @@ func desired(s state, sc scene) []object {
 			continue
 		}
 		dev, ok := sc.devices[slot.MAC]
+		if slot.exclusive() {
+			want = append(want, sc.parkedObjects(s, slot)...)
+			continue
+		}
 		want = append(want, sc.slotObjects(slot, dev)...)
 		configured = configured || ok
 		missing = missing || !ok
@@ -187,6 +198,9 @@ func desired(s state, sc scene) []object {
 		case sc.wired[p.Attachment]:
 			name, _, _ := vethOf(p.Attachment)
 			want = append(append(want, sc.hostObjects(p)...), forwarding(name))
+			if _, out := sc.devices[p.MAC]; out && p.exclusive() && p.NetNS != "" {
+				want = append(want, sc.insideObjects(p)...)
+			}
 		case sc.alive[p.Attachment]:
 			want = append(want, sc.podObjects(p)...)
 		}
@@ -250,12 +264,15 @@ func (pol policy) hostObjects(p Pod) []object {
 		sysctl{"net/ipv6/conf/" + name + "/disable_ipv6", "1"},
 		link{dev: name, mac: mac, mtu: p.MTU},
 	}
-	if pol.compat {
+	switch {
+	case p.exclusive():
+		out = append(out, route{table: exclusiveTable, dst: p.Addr, dev: name})
+	case pol.compat:
 		out = append(out,
 			route{table: mainTable, dst: p.Addr, dev: name},
 			rule{priority: podPriority, to: p.Addr, table: mainTable},
 			rule{priority: slotPriority, from: p.Addr, table: slotTable + p.Slot})
-	} else {
+	default:
 		out = append(out, route{table: podTable, dst: p.Addr, dev: name})
 	}
 	out = append(out, element{addr: p.Addr, slot: p.Slot})
@@ -266,8 +283,11 @@ func (pol policy) hostObjects(p Pod) []object {
 }
 
 // insideObjects is what a pod needs in its network namespace.
-func insideObjects(p Pod) []object {
+func (pol policy) insideObjects(p Pod) []object {
 	_, hostMAC, mac := vethOf(p.Attachment)
+	if p.exclusive() {
+		return pol.wholeObjects(p, mac, hostMAC)
+	}
 	return []object{
 		podLink{pod: p, mac: mac},
 		podAddress{pod: p},
@@ -282,7 +302,7 @@ func insideObjects(p Pod) []object {
 func (pol policy) podObjects(p Pod) []object {
 	const links = 3
 	host := pol.hostObjects(p)
-	return append(append(host[:links:links], insideObjects(p)...), host[links:]...)
+	return append(append(host[:links:links], pol.insideObjects(p)...), host[links:]...)
 }
 
 // vethOf returns the name and the MAC of the host's end of a pod's veth, and the

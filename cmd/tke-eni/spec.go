@@ -28,6 +28,10 @@ type config struct {
 	Name             string           `json:"name"`
 	PrevResult       *result          `json:"prevResult"`
 	ValidAttachments []cni.Attachment `json:"cni.dev/valid-attachments"`
+	// RuntimeConfig has what the capabilities in the configuration ask the runtime for.
+	RuntimeConfig struct {
+		Annotations map[string]string `json:"io.kubernetes.cri.pod-annotations"`
+	} `json:"runtimeConfig"`
 }
 
 func (c config) check(command string) error {
@@ -82,13 +86,28 @@ func resultFor(version string, r cni.Result, req cni.Request) result {
 		IPs:        []ip{{Address: r.Addr, Gateway: r.Gateway, Interface: &inPod}},
 		Routes:     []route{{Dst: netip.PrefixFrom(netip.IPv4Unspecified(), 0), GW: r.Gateway}},
 	}
+	if r.VethName != "" {
+		out.Interfaces = append(out.Interfaces, interfaceOf{Name: r.VethName, MAC: r.VethMAC, Sandbox: req.NetNS})
+	}
 	switch version {
 	case "0.3.1", "0.4.0":
 		out.IPs[0].Version = "4"
 	case "1.1.0":
-		out.Interfaces[0].MTU, out.Interfaces[1].MTU = r.MTU, r.MTU
+		for i := range out.Interfaces {
+			out.Interfaces[i].MTU = r.MTU
+		}
 	}
 	return out
+}
+
+// asks puts what the pod's annotations ask of its network into the request.
+func asks(annotations map[string]string, req *cni.Request) {
+	req.Network = strings.TrimSpace(annotations[cni.AnnotationNetwork])
+	for id := range strings.SplitSeq(annotations[cni.AnnotationGroups], ",") {
+		if id = strings.TrimSpace(id); id != "" {
+			req.SecurityGroups = append(req.SecurityGroups, id)
+		}
+	}
 }
 
 // args yields the pairs of CNI_ARGS, "K=V;K=V". What is no pair is passed over,
