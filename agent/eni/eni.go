@@ -197,8 +197,9 @@ type State struct {
 // ENIState is one secondary ENI.
 type ENIState struct {
 	Slot
-	Device         string         `json:"device,omitempty"` // empty: no link has its MAC
-	Ready          bool           `json:"ready"`            // pods can be given its addresses
+	Exclusive      bool           `json:"exclusive,omitempty"` // pods get it whole
+	Device         string         `json:"device,omitempty"`    // empty: no link has its MAC
+	Ready          bool           `json:"ready"`               // pods can be given its addresses
 	SubnetID       string         `json:"subnetID,omitempty"`
 	SecurityGroups []string       `json:"securityGroups,omitempty"`
 	Addresses      []AddressState `json:"addresses"`

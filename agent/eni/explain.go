@@ -142,7 +142,8 @@ type sight struct {
 	nft    bool    // our table is there
 	marked int     // slot that its address leads to; -1: none
 	ways   []way
-	snat   []string // chains of others that may change the source
+	whole  []wholeWay // of a pod that has its ENI whole, in the place of ways
+	snat   []string   // chains of others that may change the source
 }
 
 // way is the routing of the first packet of a new connection, and of its answer.

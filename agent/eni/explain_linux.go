@@ -34,6 +34,9 @@ func (k *kernel) look(p Pod, s state, pol policy, to netip.Addr) (sight, error) 
 		out.dead = err.Error()
 		return out, nil
 	}
+	if p.exclusive() {
+		delete(sc.devices, p.MAC) // what is inside is wanted below
+	}
 	// What is wanted if this were the only pod, and its ENI the only one.
 	sc.alive, sc.wired = nil, map[cni.Attachment]bool{p.Attachment: true}
 	only := newState()
@@ -72,6 +75,9 @@ func (k *kernel) look(p Pod, s state, pol policy, to netip.Addr) (sight, error) 
 	}
 	if out.snat, err = k.snatChains(); err != nil {
 		return out, err
+	}
+	if p.exclusive() {
+		return out, k.followWhole(&out, to)
 	}
 	return out, k.follow(&out, to)
 }

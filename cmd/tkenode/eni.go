@@ -25,7 +25,7 @@ addresses is said first.`,
 var podsCommand = command{
 	name: "pods",
 	help: "the pods that have a VPC address, and how they are wired",
-	long: `One line for every interface of a pod. It is wired; or has no veth while its network is being made or
+	long: `One line for every interface of a pod. It is wired; or has no veth, or no ENI of its own that it should have, while its network is being made or
 repaired; or is dead: its network namespace is gone and the runtime has not said so; or its address is gone:
 the cloud has taken it away. Pods with host networking have the node's address and are not listed.`,
 	flags: func(fs *flag.FlagSet) action { return askENI(fs, renderPods) },
@@ -101,13 +101,16 @@ func renderSlot(t *terminal, st eni.State, e eni.ENIState) {
 	if e.Ready {
 		state, color = "ready", green
 	}
+	if e.Exclusive {
+		state += ", for a pod alone"
+	}
 	t.printf("%s  %s\n", t.paint(bold, fmt.Sprintf("slot %d  %s", e.Number, clean(id))), t.paint(color, state))
 	if e.MAC != "" {
 		device := e.Device
 		if device == "" {
 			device = "no link"
 		}
-		t.block("  ", fmt.Sprintf("%s  %s  %s", device, e.MAC, strings.TrimSpace(e.SubnetID+" "+e.Subnet.String())))
+		t.block("  ", fmt.Sprintf("%s  %s  %s", clean(device), e.MAC, strings.TrimSpace(e.SubnetID+" "+e.Subnet.String())))
 	}
 	if len(e.SecurityGroups) > 0 {
 		t.block("  ", "security groups "+strings.Join(e.SecurityGroups, ", "))
@@ -128,7 +131,7 @@ func renderSlot(t *terminal, st eni.State, e eni.ENIState) {
 			row(t, fmt.Sprintf("  %s%s %s", pad(a.Addr.String(), 17), pad(a.State, 8), clean(a.Pod)))
 		}
 	}
-	if e.Primary.IsValid() {
+	if e.Primary.IsValid() && !e.Exclusive {
 		row(t, fmt.Sprintf("  %sthe ENI's own, no pod's", pad(e.Primary.String(), 17)))
 	}
 	if len(free) > 0 {
