@@ -22,11 +22,13 @@ func (out *State) tellWhole(ready map[int]int, sc scene) {
 		e.Exclusive = true
 		_, e.Ready = ready[e.Number]
 		for j := range out.Pods {
-			switch p := &out.Pods[j]; {
+			p := &out.Pods[j]
+			_, looked := sc.wired[p.Attachment] // else it is newer than the last look
+			switch {
 			case p.Slot != e.Number:
-			case e.Device == "":
+			case e.Device == "" || !looked:
 				e.Device = p.IfName + " in " + p.String()
-			case p.State == "wired" && sc.devices[p.MAC].name != "":
+			case p.State == "wired":
 				p.State = "no ENI"
 			}
 		}
