@@ -19,6 +19,9 @@
 // The NodeConfig's layout tke-compat has TKE's rules in the place of the first and
 // the last: `512 to <pod> lookup main` and `1536 from <pod> lookup 4001+s`.
 //
+// A pod that asks for it gets an ENI whole: the ENI's link is moved into the pod, so
+// that the ENI's security groups are the pod's. See exclusive.go.
+//
 // A slot is a number of ours and never a device index: those change with every
 // attach, and tables that follow them have collided with other software's.
 //

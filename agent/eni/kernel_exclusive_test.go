@@ -5,9 +5,11 @@ package eni
 import (
 	"net"
 	"net/netip"
+	"path/filepath"
 	"testing"
 
 	"github.com/tkenode/tkenode/agent/eni/cni"
+	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/lab/vpc"
 )
 
@@ -54,79 +56,84 @@ func (p *pod) addWhole() netip.Addr {
 // TestKernelExclusivePod holds which way each packet of a pod goes that has an ENI of
 // its own, and that nothing of it is left.
 func TestKernelExclusivePod(t *testing.T) {
-	inNode(t, func(t *testing.T, n *testNode) {
-		n.permitWhole()
-		n.attach("eth1")
-		n.attachWhole("eth2")
-		defer n.serve()()
-		t.Logf("first plan:\n%s", n.converge())
-		before := n.kernelDump()
-		db, web, local := newPod(t, "db"), newPod(t, "web"), newPod(t, "local")
-		addr := db.addWhole()
-		if addr != wholeAddr {
-			t.Fatalf("address %s", addr)
-		}
-		localAddr := local.add()
-		webAddr := web.add()
-		if p := n.plan(); !p.Empty() {
-			t.Errorf("plan after ADD:\n%s", p)
-		}
-		if _, err := db.plugin("CHECK", map[string]any{"prevResult": map[string]any{"ips": []any{}}}); err != nil {
-			t.Error(err)
-		}
-		db.listen()
-		local.listen()
-		n.listen(vpcPeer)
-		n.listen(outsider)
+	for _, layout := range []node.Layout{node.LayoutMark, node.LayoutTKECompat} {
+		t.Run(string(layout), func(t *testing.T) { inNode(t, exclusivePod) })
+	}
+}
 
-		n.reached(addr)              // the VPC reaches it
-		n.reach(db, vpcPeer, addr)   // with its own address
-		n.reach(db, outsider, addr)  // also outside, for a NAT gateway
-		n.reach(db, localAddr, addr) // a pod of this node, through the VPC
-		n.reach(web, addr, webAddr)  // and from it
-		n.probe(addr)                // kubelet
-		n.services(db, localAddr)    // through the node, under its address
-		for _, from := range []netip.Addr{outsider, vpcPeer} {
-			n.reachedAt(from, netip.AddrPortFrom(nodeAddr, 30080), nodeAddr) // a hostPort
-			n.reachedAt(from, netip.AddrPortFrom(nodeAddr, 30081), nodeAddr) // a NodePort
-		}
-		n.reach(web, netip.MustParseAddr("172.16.0.14"), webAddr) // a Service, from another pod
-		n.listen(metadataAddr)
-		if err := n.refusedAt(db); err != nil {
-			t.Error(err)
-		}
-		n.sealed.Config.Network.MetadataAccess = []string{"default/db"}
-		n.converge()
-		n.reach(db, metadataAddr, nodeAddr)
-		n.sealed.Config.Network.MetadataAccess = nil
-		n.converge()
-		n.noWrongFrames()
-		sh(t, "nft delete table ip proxy")
+func exclusivePod(t *testing.T, n *testNode) {
+	n.permitWhole()
+	n.sealed.Config.Network.Layout = node.Layout(filepath.Base(t.Name()))
+	n.attach("eth1")
+	n.attachWhole("eth2")
+	defer n.serve()()
+	t.Logf("first plan:\n%s", n.converge())
+	before := n.kernelDump()
+	db, web, local := newPod(t, "db"), newPod(t, "web"), newPod(t, "local")
+	addr := db.addWhole()
+	if addr != wholeAddr {
+		t.Fatalf("address %s", addr)
+	}
+	localAddr := local.add()
+	webAddr := web.add()
+	if p := n.plan(); !p.Empty() {
+		t.Errorf("plan after ADD:\n%s", p)
+	}
+	if _, err := db.plugin("CHECK", map[string]any{"prevResult": map[string]any{"ips": []any{}}}); err != nil {
+		t.Error(err)
+	}
+	db.listen()
+	local.listen()
+	n.listen(vpcPeer)
+	n.listen(outsider)
 
-		if again := db.addWhole(); again != addr {
-			t.Errorf("repeated ADD: %s", again)
-		}
-		for range 2 {
-			for _, p := range []*pod{db, web, local} {
-				if _, err := p.plugin("DEL", nil); err != nil {
-					t.Error(err)
-				}
+	n.reached(addr)              // the VPC reaches it
+	n.reach(db, vpcPeer, addr)   // with its own address
+	n.reach(db, outsider, addr)  // also outside, for a NAT gateway
+	n.reach(db, localAddr, addr) // a pod of this node, through the VPC
+	n.reach(web, addr, webAddr)  // and from it
+	n.probe(addr)                // kubelet
+	n.services(db, localAddr)    // through the node, under its address
+	for _, from := range []netip.Addr{outsider, vpcPeer} {
+		n.reachedAt(from, netip.AddrPortFrom(nodeAddr, 30080), nodeAddr) // a hostPort
+		n.reachedAt(from, netip.AddrPortFrom(nodeAddr, 30081), nodeAddr) // a NodePort
+	}
+	n.reach(web, netip.MustParseAddr("172.16.0.14"), webAddr) // a Service, from another pod
+	n.listen(metadataAddr)
+	if err := n.refusedAt(db); err != nil {
+		t.Error(err)
+	}
+	n.sealed.Config.Network.MetadataAccess = []string{"default/db"}
+	n.converge()
+	n.reach(db, metadataAddr, nodeAddr)
+	n.sealed.Config.Network.MetadataAccess = nil
+	n.converge()
+	n.noWrongFrames()
+	sh(t, "nft delete table ip proxy")
+
+	if again := db.addWhole(); again != addr {
+		t.Errorf("repeated ADD: %s", again)
+	}
+	for range 2 {
+		for _, p := range []*pod{db, web, local} {
+			if _, err := p.plugin("DEL", nil); err != nil {
+				t.Error(err)
 			}
 		}
-		if p := n.plan(); !p.Empty() {
-			t.Errorf("plan after DEL:\n%s", p)
-		}
-		must(t, n.net.paths.reap())
-		if after := n.kernelDump(); after != before {
-			t.Errorf("after DEL:\n%s\nbefore ADD:\n%s", after, before)
-		}
-		s, err := n.net.State()
-		must(t, err)
-		if len(s.Pods) != 0 || s.ENIs[1].Addresses[0].State != "cooling" {
-			t.Errorf("state after DEL: %+v", s)
-		}
-		n.noWrongFrames()
-	})
+	}
+	if p := n.plan(); !p.Empty() {
+		t.Errorf("plan after DEL:\n%s", p)
+	}
+	must(t, n.net.paths.reap())
+	if after := n.kernelDump(); after != before {
+		t.Errorf("after DEL:\n%s\nbefore ADD:\n%s", after, before)
+	}
+	s, err := n.net.State()
+	must(t, err)
+	if len(s.Pods) != 0 || s.ENIs[1].Addresses[0].State != "cooling" {
+		t.Errorf("state after DEL: %+v", s)
+	}
+	n.noWrongFrames()
 }
 
 // probe has the node reach the pod under its own address, by the veth.

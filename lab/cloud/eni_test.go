@@ -4,6 +4,7 @@ import (
 	"errors"
 	"maps"
 	"net/netip"
+	"slices"
 	"strconv"
 	"testing"
 	"testing/synctest"
@@ -301,6 +302,35 @@ func TestENIQuota(t *testing.T) {
 		}
 		if _, _, err = l.api.CreateENI(ctx, l.spec("more")); code(err) != "LimitExceeded" || len(l.Snapshot().ENIs) != 5 {
 			t.Errorf("ENI created beyond the quota: %v", err)
+		}
+		// Extension ENIs have a quota of their own, and one address.
+		spec := l.spec("extension")
+		spec.AttachType = tencent.AttachExtension
+		spec.SecondaryIPs = 1
+		if _, _, err = l.api.CreateENI(ctx, spec); code(err) != "LimitExceeded" {
+			t.Errorf("extension ENI with two addresses: %v", err)
+		}
+		spec.SecondaryIPs, spec.ClientToken = 0, "extension of one"
+		made, _, err := l.api.CreateENI(ctx, spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		enis, err := l.api.DescribeENIs(ctx, l.instance.ID)
+		if i := slices.IndexFunc(enis, func(e tencent.ENI) bool { return e.ID == made.ID }); err != nil || i < 0 || enis[i].AttachType != tencent.AttachExtension {
+			t.Errorf("extension ENI: %+v, %v", enis, err)
+		}
+		for i := 1; i < limit.ExtendENIs; i++ {
+			spec.ClientToken = "extension" + strconv.Itoa(i)
+			if _, _, err = l.api.CreateENI(ctx, spec); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, tencent.AttachExtension, "one more"); code(err) != "LimitExceeded" {
+			t.Errorf("extension ENI beyond the quota: %v", err)
+		}
+		if _, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, 2, "another type"); code(err) != "InvalidParameterValue" {
+			t.Errorf("ENI of type 2: %v", err)
 		}
 	})
 }
