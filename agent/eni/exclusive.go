@@ -169,10 +169,9 @@ func (b *balance) giveWhole() {
 		b.out.whole = cmp.Or(b.out.whole, b.whole[i].wait)
 	}
 	for _, groups := range lacking {
-		if err := b.addWhole(groups, taken); err != nil {
-			b.look(err)
-			b.out.whole = cmp.Or(b.out.whole, err)
-		}
+		wait := b.addWhole(groups, taken)
+		b.look(wait)
+		b.out.whole = cmp.Or(b.out.whole, wait)
 	}
 	for i := range b.whole {
 		p := &b.whole[i]
@@ -197,8 +196,8 @@ func (p *slotPlan) suits(groups []string, now time.Time) bool {
 // idle reports whether nobody has the slot's ENI, and nothing is done with it.
 func (p *slotPlan) idle() bool { return p.ready && len(p.free) > 0 && p.used+p.gone == 0 }
 
-// addWhole creates an ENI with the groups, or makes room for one. It returns what is
-// in the way.
+// addWhole creates an ENI with the groups, or makes room for one, and returns what is
+// to be waited for.
 func (b *balance) addWhole(groups []string, taken map[int]bool) error {
 	_, most := b.want.network.ShareENIs(b.state.Quota.ENIs, b.state.Quota.ExtendENIs)
 	inUse := 0
