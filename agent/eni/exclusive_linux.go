@@ -1,7 +1,6 @@
 package eni
 
 import (
-	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -108,11 +107,13 @@ func (k *kernel) moveIn(pod *podKernel, mac string) (netlink.Link, error) {
 // namespace the kernel does it itself.
 // Source: default_device_exit_net in the kernel's net/core/dev.c
 func (k *kernel) takeOut(p Pod) error {
+	ns, err := openNetNS(p.NetNS)
+	if err != nil {
+		return nil // it is gone, or will be: a DEL needs none
+	}
+	ns.Close()
 	pod, err := k.enter(p.NetNS)
 	if err != nil {
-		if errors.Is(err, os.ErrNotExist) {
-			return nil
-		}
 		return fmt.Errorf("take %s out of pod %s: %w", p.ENI, p, err)
 	}
 	pod.link = nil

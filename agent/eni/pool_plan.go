@@ -230,7 +230,7 @@ func slotTag(e tencent.ENI) (int, bool) {
 
 // freeSlot returns the slot in which the ENI was before the ledger was lost, as its
 // pods say, or that it was created for if nothing is in it, or else the lowest that
-// is empty.
+// is empty of its kind.
 func freeSlot(s state, in map[int]tencent.ENI, e tencent.ENI) (int, bool) {
 	free := func(n int) bool {
 		_, taken := in[n]
@@ -246,11 +246,12 @@ func freeSlot(s state, in map[int]tencent.ENI, e tencent.ENI) (int, bool) {
 		if _, taken := in[n]; !taken && s.Slots[n].ENI == "" {
 			return n, true
 		}
-		if n >= exclusiveSlot {
-			return 0, false // it is for pods alone, and something else is in its place
-		}
 	}
-	for n := range maxSlots {
+	first, end := 0, maxSlots
+	if !shared(e) {
+		first, end = exclusiveSlot, exclusiveSlot+node.MaxExclusiveENIs
+	}
+	for n := first; n < end; n++ {
 		if free(n) {
 			return n, true
 		}
