@@ -26,6 +26,9 @@
 // The NodeConfig's layout tke-compat has TKE's rules in the place of the first and
 // the last: `512 to <pod> lookup main` and `1536 from <pod> lookup 4001+s`.
 //
+// A pod that asks for it gets an ENI whole: the ENI's link is moved into the pod, so
+// that the ENI's security groups are the pod's. See exclusive.go.
+//
 // A slot is a number of ours and never a device index: those change with every
 // attach, and tables that follow them have collided with other software's.
 //
@@ -60,7 +63,7 @@ type Cloud interface {
 	DescribeSubnets(ctx context.Context, ids []string) ([]tencent.Subnet, error)
 	ENILimit(ctx context.Context, instanceID string) (tencent.ENILimit, error)
 	CreateENI(ctx context.Context, spec tencent.ENISpec) (tencent.ENI, string, error)
-	AttachENI(ctx context.Context, eniID, instanceID, clientToken string) (string, error)
+	AttachENI(ctx context.Context, eniID, instanceID string, attachType int, clientToken string) (string, error)
 	AssignIPs(ctx context.Context, eniID string, n int, clientToken string) ([]tencent.IP, string, error)
 	UnassignIPs(ctx context.Context, eniID string, addrs []netip.Addr) (string, error)
 	AssignIP6s(ctx context.Context, eniID string, n int, clientToken string) ([]tencent.IP6, string, error)
@@ -98,6 +101,7 @@ type Network struct {
 	demand    chan struct{} // an ADD has taken an address, or found none
 	waiting   atomic.Int32  // ADDs that have found none
 	exhausted atomic.Pointer[node.Condition]
+	wants     wants // of ADDs that wait for an ENI whole
 
 	explaining chan struct{} // capacity 1: full while one question is answered
 
@@ -136,6 +140,7 @@ func New(o Options) *Network {
 	n.pool = newPool(n, o.Cloud)
 	n.paths = &Paths{network: n, conflist: o.Conflist, configured: o.ConfiguredFile, plugins: o.Plugins}
 	n.paths.ready.Store(&map[int]int{})
+	n.paths.whole.Store(&map[int]int{})
 	n.ledger.witness = n.witness
 	return n
 }
@@ -204,8 +209,9 @@ type State struct {
 // ENIState is one secondary ENI.
 type ENIState struct {
 	Slot
-	Device         string         `json:"device,omitempty"` // empty: no link has its MAC
-	Ready          bool           `json:"ready"`            // pods can be given its addresses
+	Exclusive      bool           `json:"exclusive,omitempty"` // pods get it whole
+	Device         string         `json:"device,omitempty"`    // empty: no link has its MAC
+	Ready          bool           `json:"ready"`               // pods can be given its addresses
 	SubnetID       string         `json:"subnetID,omitempty"`
 	SecurityGroups []string       `json:"securityGroups,omitempty"`
 	Addresses      []AddressState `json:"addresses"`

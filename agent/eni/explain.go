@@ -151,6 +151,7 @@ type sight struct {
 	nft    bool               // our table is there
 	marked map[netip.Addr]int // slot that an address of it leads to
 	ways   []way
+	whole  []wholeWay        // of a pod that has its ENI whole, in the place of ways
 	snat   map[bool][]string // chains of others that may change the source; of IPv6
 }
 

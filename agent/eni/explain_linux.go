@@ -29,10 +29,13 @@ func (k *kernel) look(p Pod, s state, pol policy, to netip.Addr) (sight, error) 
 	slot := s.Slots[p.Slot]
 	out := sight{pod: p, pol: pol, slot: slot, device: sc.devices[slot.MAC], primary: sc.devices[pol.primaryMAC], marked: map[netip.Addr]int{}, snat: map[bool][]string{}}
 
-	inside, err := k.observePod(p)
+	inside, err := k.observeInside(p)
 	if err != nil {
 		out.dead = err.Error()
 		return out, nil
+	}
+	if p.exclusive() {
+		delete(sc.devices, p.MAC) // what is inside is wanted below
 	}
 	// What is wanted if this were the only pod, and its ENI the only one.
 	sc.alive, sc.wired = nil, map[cni.Attachment]bool{p.Attachment: true}
@@ -42,7 +45,7 @@ func (k *kernel) look(p Pod, s state, pol policy, to netip.Addr) (sight, error) 
 	if _, ok := s.Slots[p.Slot]; ok {
 		only.Slots[p.Slot] = slot
 	}
-	want := append(desired(only, sc), insideObjects(p)...)
+	want := append(desired(only, sc), pol.insideObjects(p)...)
 	for i, o := range want {
 		if t, ok := o.(table); ok {
 			t.dual = s.dual() // others may have what this one has not
@@ -80,6 +83,9 @@ func (k *kernel) look(p Pod, s state, pol policy, to netip.Addr) (sight, error) 
 		if out.snat[a.Is6()], err = k.snatChains(a.Is6()); err != nil {
 			return out, err
 		}
+	}
+	if p.exclusive() {
+		return out, k.followWhole(&out, to)
 	}
 	return out, k.follow(&out, to)
 }

@@ -23,6 +23,10 @@ func (s sight) trace(cloud answered, sealed node.Sealed) Trace {
 		t.Legs = []Leg{{Title: "out of the pod", Hops: []Hop{h}}}
 		return t
 	}
+	if p.exclusive() {
+		t.Legs = append(s.traceWhole(cloud, sealed), s.beside()...)
+		return t
+	}
 	t.Legs = append(t.Legs, s.leaving())
 	// Without a mark, and with our table in place, a packet goes no further.
 	for _, w := range s.ways {
@@ -34,14 +38,20 @@ func (s sight) trace(cloud answered, sealed node.Sealed) Trace {
 	for _, w := range s.ways {
 		t.Legs = append(t.Legs, s.returning(w.back))
 	}
-	if len(s.steps) > 0 {
-		rest := Hop{Name: "node", Text: "more that packets depend on"}
-		for _, st := range s.steps {
-			rest.Problems = append(rest.Problems, Problem{Text: differs(st), Do: doWait})
-		}
-		t.Legs = append(t.Legs, Leg{Title: "beside the way", Hops: []Hop{rest}})
-	}
+	t.Legs = append(t.Legs, s.beside()...)
 	return t
+}
+
+// beside is what differs and is on no way that was told.
+func (s *sight) beside() []Leg {
+	if len(s.steps) == 0 {
+		return nil
+	}
+	rest := Hop{Name: "node", Text: "more that packets depend on"}
+	for _, st := range s.steps {
+		rest.Problems = append(rest.Problems, Problem{Text: differs(st), Do: doWait})
+	}
+	return []Leg{{Title: "beside the way", Hops: []Hop{rest}}}
 }
 
 // leaving is the way from the pod to the node's routing.
@@ -230,8 +240,8 @@ func (s *sight) assigned(cloud answered, sealed node.Sealed) Hop {
 	if e.MAC != s.slot.MAC {
 		h.problem("wait for the pool's next look, at most 75 s", "the ledger has the MAC %s", s.slot.MAC)
 	}
-	if want := sealed.Config.Network.SecurityGroupIDs; len(want) > 0 && !sameSet(want, e.SecurityGroups) {
-		h.problem("somebody has changed them in the cloud: change them back, or the NodeConfig", "the NodeConfig's security groups are %s", strings.Join(want, ", "))
+	if want, whose := groupsFor(p, sealed); len(want) > 0 && !sameSet(want, e.SecurityGroups) {
+		h.problem("somebody has changed them in the cloud: change them back, or "+strings.TrimSuffix(whose, "'s"), "%s security groups are %s", whose, strings.Join(want, ", "))
 	}
 	for _, a := range p.addrs() {
 		h.Problems = append(h.Problems, addressProblems(a, p.ENI, cloud)...)

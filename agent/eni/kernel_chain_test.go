@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -68,9 +69,9 @@ func (p *pod) chain(n *testNode, command string, capabilities map[string]any, pr
 	return prev, nil
 }
 
-// TestKernelHostPort calls the whole chain, with the plugins that the node image
-// carries, and connects to the node's port.
-func TestKernelHostPort(t *testing.T) {
+// buildChain builds the plugins that the node image carries beside ours.
+func buildChain(t *testing.T) {
+	t.Helper()
 	if os.Getenv(childVariable) == "" {
 		bin := t.TempDir()
 		build := exec.Command("go", "build", "-o", bin+"/",
@@ -82,6 +83,12 @@ func TestKernelHostPort(t *testing.T) {
 		}
 		t.Setenv("CNI_PATH", bin)
 	}
+}
+
+// TestKernelHostPort calls the whole chain, with the plugins that the node image
+// carries, and connects to the node's port.
+func TestKernelHostPort(t *testing.T) {
+	buildChain(t)
 	inNode(t, func(t *testing.T, n *testNode) {
 		n.attach("eth1")
 		n.converge()
@@ -132,6 +139,37 @@ func TestKernelHostPort(t *testing.T) {
 		sh(t, "nft delete table ip cni_hostport")
 		if after := n.kernelDump(); after != before {
 			t.Errorf("after DEL:\n%s\nbefore ADD:\n%s", after, before)
+		}
+	})
+}
+
+// TestKernelExclusiveHostPort is the same for a pod that has an ENI of its own.
+func TestKernelExclusiveHostPort(t *testing.T) {
+	buildChain(t)
+	inNode(t, func(t *testing.T, n *testNode) {
+		n.permitWhole()
+		n.attach("eth1")
+		n.attachWhole("eth2")
+		n.converge()
+		defer n.serve()()
+		db := newPod(t, "db")
+		asked := map[string]any{
+			"portMappings":            []any{map[string]any{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}},
+			cni.CapabilityAnnotations: map[string]string{cni.AnnotationNetwork: networkExclusive, cni.AnnotationGroups: "sg-web00001"},
+		}
+		result, err := db.chain(n, "ADD", asked, nil)
+		must(t, err)
+		// bandwidth wants a veth: of what it does nothing for, its CHECK says so, too.
+		if _, err := db.chain(n, "CHECK", asked, result); err == nil || !strings.Contains(err.Error(), "CHECK of bandwidth") {
+			t.Errorf("CHECK: %v", err)
+		}
+		db.listen()
+		for _, from := range []netip.Addr{outsider, vpcPeer} {
+			n.reachedAt(from, netip.AddrPortFrom(nodeAddr, 8080), nodeAddr)
+		}
+		n.noWrongFrames()
+		if _, err := db.chain(n, "DEL", asked, result); err != nil {
+			t.Error(err)
 		}
 	})
 }

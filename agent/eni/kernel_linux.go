@@ -136,6 +136,7 @@ func (k *kernel) observe(want []object, links []netlink.Link, six bool) ([]objec
 		func() ([]object, error) { return k.findRoutes(names, six) },
 		func() ([]object, error) { return k.findNeighbours(links, six) },
 		func() ([]object, error) { return findVeths(links), nil },
+		func() ([]object, error) { return k.findParked(want, links) },
 	} {
 		found, err := find()
 		if err != nil {
@@ -220,7 +221,7 @@ func (k *kernel) findRules(six bool) ([]object, error) {
 }
 
 func ruleOf(r netlink.Rule) foundRule {
-	o := rule{priority: r.Priority, six: r.Family == netlink.FAMILY_V6, from: hostOf(r.Src), to: hostOf(r.Dst), mark: r.Mark, table: r.Table, foreign: otherSelectors(r)}
+	o := rule{priority: r.Priority, six: r.Family == netlink.FAMILY_V6, from: hostOf(r.Src), to: hostOf(r.Dst), iif: r.IifName, mark: r.Mark, table: r.Table, foreign: otherSelectors(r)}
 	return foundRule{o, r}
 }
 
@@ -246,9 +247,6 @@ func otherSelectors(r netlink.Rule) string {
 	}
 	if r.Dst != nil && !hostOf(r.Dst).IsValid() {
 		s += " to " + r.Dst.String()
-	}
-	if r.IifName != "" {
-		s += " iif " + r.IifName
 	}
 	if r.OifName != "" {
 		s += " oif " + r.OifName
@@ -282,6 +280,7 @@ func (o rule) netlink() *netlink.Rule {
 	if o.to.IsValid() {
 		r.Dst = ipNet(o.to)
 	}
+	r.IifName = o.iif
 	if o.mark != 0 {
 		mask := uint32(markMask)
 		r.Mark, r.Mask = o.mark, &mask
@@ -304,7 +303,7 @@ func (k *kernel) findRoutes(names map[int]string, six bool) ([]object, error) {
 			return nil, fmt.Errorf("list routes: %w", err)
 		}
 		for _, r := range all {
-			if r.Protocol == protocol || r.Table >= podTable && r.Table < slotTable+maxSlots {
+			if r.Protocol == protocol || r.Table >= podTable && r.Table <= exclusiveTable {
 				have = append(have, routeOf(r, names))
 			}
 		}

@@ -41,7 +41,7 @@ func TestKernelRepairs(t *testing.T) {
 			{"ip rule del pref 512", "add rule 512 from all lookup 4000\n"},
 			{"ip rule flush; ip rule add pref 32766 lookup main", "add rule 512 from all lookup 4000\nadd rule 1568 from 10.0.16.4 lookup 4001\nadd rule 1536 from all fwmark 0x1000000/0x3f000000 lookup 4001\n"},
 			{"ip rule add pref 1537 proto 154 fwmark 0x2000000/0x3f000000 lookup 4002", "delete rule 1537 from all fwmark 0x2000000/0x3f000000 lookup 4002\n"},
-			{"ip rule add pref 512 proto 154 iif lo lookup 4000", "delete rule 512 from all lookup 4000 iif lo\n"},
+			{"ip rule add pref 512 proto 154 iif lo lookup 4000", "delete rule 512 from all iif lo lookup 4000\n"},
 			{"ip route flush table 4001", "add route default metric 4294967295 table 4001: unreachable\nadd route default table 4001: via 10.0.16.1 dev eth1 onlink\n"},
 			{"ip route replace default via 10.0.0.1 dev eth0 onlink table 4001 proto 154", "set route default table 4001: via 10.0.16.1 dev eth1 onlink (was via 10.0.0.1 dev eth0 onlink)\n"},
 			{"ip route flush table 4000", "add route " + webAddr.String() + " table 4000: dev " + host + "\n"},

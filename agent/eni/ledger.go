@@ -53,6 +53,10 @@ type Slot struct {
 	Task string `json:"task,omitempty"`
 	// Calls counts intents, so that each gets a token of its own.
 	Calls int `json:"calls,omitempty"`
+	// Groups are the security groups of an ENI that is given to pods whole, and
+	// AttachType is how it is attached.
+	Groups     []string `json:"groups,omitempty"`
+	AttachType int      `json:"attachType,omitempty"`
 }
 
 // Step is a mutating call of the cloud's API.
@@ -92,6 +96,11 @@ type Pod struct {
 	ENI       string     `json:"eni"`
 	MTU       int        `json:"mtu"`
 	Since     time.Time  `json:"since"`
+	// Of a pod that has the ENI whole: the ENI's MAC, its subnet's gateway, and the
+	// security groups that were asked for, with commas between.
+	MAC     string     `json:"mac,omitempty"`
+	Gateway netip.Addr `json:"gateway,omitzero"`
+	Groups  string     `json:"groups,omitempty"`
 	// Found says that the ledger was rebuilt then: the pod is older than Since.
 	Found bool `json:"found,omitempty"`
 }
@@ -161,6 +170,7 @@ func (s *state) apply(r record) {
 		for key, p := range s.Pods {
 			if p.ENI == "" && p.Slot == r.Slot.Number { // of a ledger that was rebuilt
 				p.ENI = r.Slot.ENI
+				p.bind(*r.Slot)
 				s.Pods[key] = p
 			}
 		}

@@ -113,6 +113,9 @@ func (o table) chains() ([]*nftables.Chain, []*nftables.Rule) {
 	accept := []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}
 
 	add(pods, deviceIs(expr.MetaKeyIIFNAME, o.dev), firstPacket, usePrimary)
+	if o.exclusive {
+		chains = append(chains, o.addExclusive(pods, outside, add))
+	}
 	add(pods, compare(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, expr.CmpOpNeq, []byte(hostPrefix)), accept)
 	unmarked := masked(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, markMask, expr.CmpOpEq, 0)
 	drop := []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}
@@ -135,10 +138,7 @@ func (o table) chains() ([]*nftables.Chain, []*nftables.Rule) {
 	add(pods, lookup(destinationOffset, &expr.Lookup{SetName: nfInside.Name, Invert: true}), firstPacket, usePrimary)
 	add(pods, answers, setMark(primaryMark))
 
-	add(outside, deviceIs(expr.MetaKeyOIFNAME, o.dev), masked(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, markMask, expr.CmpOpEq, primaryMark), []expr.Any{
-		&expr.Immediate{Register: 1, Data: o.primary.AsSlice()},
-		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, FullyRandom: true},
-	})
+	add(outside, deviceIs(expr.MetaKeyOIFNAME, o.dev), masked(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, markMask, expr.CmpOpEq, primaryMark), o.asNode())
 	add(guard,
 		compare(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, expr.CmpOpEq, []byte(hostPrefix)),
 		compare(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, expr.CmpOpEq, []byte{unix.NFPROTO_IPV4}),
@@ -169,12 +169,25 @@ var (
 	// connection that is never answered, every packet would be of state new.
 	firstPacket = masked(&expr.Ct{Key: expr.CtKeySTATUS, Register: 1}, statusConfirmed, expr.CmpOpEq, 0)
 	// usePrimary remembers that the connection uses the primary ENI.
-	usePrimary = []expr.Any{
+	usePrimary = remember(primaryMark)
+)
+
+// remember sets a bit of the connection's mark.
+func remember(bit uint32) []expr.Any {
+	return []expr.Any{
 		&expr.Ct{Key: expr.CtKeyMARK, Register: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: host32(^uint32(primaryMark)), Xor: host32(primaryMark)},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: host32(^bit), Xor: host32(bit)},
 		&expr.Ct{Key: expr.CtKeyMARK, Register: 1, SourceRegister: true},
 	}
-)
+}
+
+// asNode translates the source to the node's own address.
+func (o table) asNode() []expr.Any {
+	return []expr.Any{
+		&expr.Immediate{Register: 1, Data: o.primary.AsSlice()},
+		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, FullyRandom: true},
+	}
+}
 
 // statusConfirmed is IPS_CONFIRMED.
 // Source: include/uapi/linux/netfilter/nf_conntrack_common.h

@@ -101,7 +101,7 @@ func (o table) put(k *kernel) error {
 		if e.addr.Is6() {
 			in = &pods6
 		}
-		if e.slot >= 0 && e.slot < maxSlots && (o.dual || in == &pods) {
+		if slotNumber(e.slot) && (e.slot < maxSlots || o.exclusive) && (o.dual || in == &pods) {
 			keep[in] = append(keep[in], e.nftables()...)
 		}
 	}
@@ -242,6 +242,9 @@ func slotOf(verdict []byte) int {
 		if attrs.Type() != unix.NFTA_VERDICT_CHAIN {
 			continue
 		}
+		if attrs.String() == exclusiveChain {
+			slot = exclusiveSlot
+		}
 		if digits, ok := strings.CutPrefix(attrs.String(), slotChain); ok {
 			if n, err := strconv.Atoi(digits); err == nil {
 				slot = n
@@ -327,7 +330,7 @@ func sameRule(a, b *nftables.Rule) bool {
 func (o element) nftables() []nftables.SetElement {
 	return []nftables.SetElement{{
 		Key:         o.addr.AsSlice(),
-		VerdictData: &expr.Verdict{Kind: expr.VerdictJump, Chain: fmt.Sprint(slotChain, o.slot)},
+		VerdictData: &expr.Verdict{Kind: expr.VerdictJump, Chain: o.chain()},
 	}}
 }
 
@@ -337,6 +340,14 @@ func (o element) in() *nftables.Set {
 		return &nfPods6
 	}
 	return &nfPods
+}
+
+// chain is where the address leads to.
+func (o element) chain() string {
+	if o.slot >= exclusiveSlot {
+		return exclusiveChain
+	}
+	return fmt.Sprint(slotChain, o.slot)
 }
 
 func (o element) put(k *kernel) error {

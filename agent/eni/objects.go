@@ -109,6 +109,7 @@ type rule struct {
 	priority int
 	six      bool
 	from, to netip.Addr // invalid: all
+	iif      string     // empty: any
 	mark     uint32     // 0: any; under markMask
 	table    int
 	foreign  string // as found: what ours do not have
@@ -122,6 +123,9 @@ func (o rule) key() string {
 	s := fmt.Sprintf("rule%s %d from %s", family(o.six), o.priority, from)
 	if o.to.IsValid() {
 		s += " to " + o.to.String()
+	}
+	if o.iif != "" {
+		s += " iif " + o.iif
 	}
 	if o.mark != 0 {
 		s += fmt.Sprintf(" fwmark %#x/%#x", o.mark, markMask)
@@ -144,11 +148,12 @@ func (o rule) attr() string { return "" }
 
 // table is our nftables table with all in it but the pods.
 type table struct {
-	dev     string         // of the primary ENI; empty: it is not there
-	primary netip.Addr     // of the primary ENI
-	inside  []netip.Prefix // destinations that see a pod's own address
-	dual    bool           // pods have IPv6 addresses, too
-	found   string         // when it is not as it was wanted
+	dev       string         // of the primary ENI; empty: it is not there
+	primary   netip.Addr     // of the primary ENI
+	inside    []netip.Prefix // destinations that see a pod's own address
+	dual      bool           // pods have IPv6 addresses, too
+	exclusive bool           // pods may have ENIs whole
+	found     string         // when it is not as it was wanted
 }
 
 func (o table) key() string { return "nft table inet " + nftTable }
@@ -165,6 +170,9 @@ func (o table) layout() string {
 	s := fmt.Sprintf("layout 3, %d slots, outside by %q as %s", maxSlots, o.dev, o.primary)
 	if o.dual {
 		s += ", dual-stack 1"
+	}
+	if o.exclusive {
+		s += ", exclusive"
 	}
 	return s
 }
@@ -188,8 +196,11 @@ type element struct {
 
 func (o element) key() string { return fmt.Sprintf("nft pod %s", o.addr) }
 func (o element) attr() string {
-	if o.slot < 0 {
+	switch {
+	case o.slot < 0:
 		return "no slot"
+	case o.slot >= exclusiveSlot:
+		return exclusiveChain
 	}
 	return fmt.Sprintf("slot %d", o.slot)
 }

@@ -74,7 +74,7 @@ func routeKind(m netlink.Message) string {
 		if b := attr(unix.SizeofRtMsg, unix.RTA_TABLE); len(b) == 4 {
 			table = int(binary.NativeEndian.Uint32(b))
 		}
-		if len(m.Data) > 5 && m.Data[5] == protocol || table >= podTable && table < slotTable+maxSlots {
+		if len(m.Data) > 5 && m.Data[5] == protocol || table >= podTable && table <= exclusiveTable {
 			return "route" + family(six)
 		}
 	case unix.RTM_DELADDR:

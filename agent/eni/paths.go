@@ -42,6 +42,7 @@ type Paths struct {
 	// ready are the slots that pods can be given, and the MTU of their ENI. An ADD
 	// asks for them without waiting for those that are being wired.
 	ready atomic.Pointer[map[int]int]
+	whole atomic.Pointer[map[int]int] // the same of ENIs that pods get whole
 
 	dying   sync.Map   // names of veths that reap removes
 	reaping sync.Mutex // guards reaper
@@ -238,7 +239,7 @@ var chained = []struct{ name, conf string }{
 // conflist is what the runtime calls for every pod. One that is not there would
 // fail the ADD of all of them: an image that somebody else makes may lack it.
 func conflist(there func(plugin string) bool) string {
-	plugins := fmt.Sprintf("    {\"type\": %q}", cni.Network)
+	plugins := fmt.Sprintf("    {\"type\": %q, \"capabilities\": {%q: true}}", cni.Network, cni.CapabilityAnnotations)
 	for _, c := range chained {
 		if there(c.name) {
 			plugins += ",\n    " + c.conf
@@ -271,6 +272,9 @@ func (p *Paths) settle(s state, sc scene, converged bool) error {
 	ready := maps.Clone(before)
 	var waiting error
 	for _, slot := range s.slots() {
+		if slot.exclusive() {
+			continue
+		}
 		dev, there := sc.devices[slot.MAC]
 		switch {
 		case !slot.taken(): // the next ENI in it has to be configured first
@@ -290,6 +294,7 @@ func (p *Paths) settle(s state, sc scene, converged bool) error {
 		p.network.log.Info("slots ready", "module", p.Name(), "mtu by slot", ready)
 		p.network.ledger.poke()
 	}
+	p.settleWhole(s, sc, converged)
 	p.network.exhausted.Store(s.exhausted(ready, sc.dual, time.Now()))
 	if waiting == nil && len(ready) == 0 {
 		waiting = node.Waiting("NoENI", "the pool has no ENI yet")

@@ -151,6 +151,8 @@ type policy struct {
 	metadata   []string       // pods that may ask the metadata service, as patterns
 	compat     bool           // rules for each pod, as TKE's
 	dual       bool           // new pods get an IPv6 address, too
+	exclusive  bool           // pods may have ENIs whole
+	services   []netip.Prefix // that such pods reach through the node
 }
 
 func policyOf(s node.Sealed) policy {
@@ -162,6 +164,7 @@ func policyOf(s node.Sealed) policy {
 	return policy{
 		primaryMAC: s.Facts.MAC, primary: s.Facts.PrivateIP, inside: inside,
 		metadata: n.MetadataAccess, compat: n.Layout == node.LayoutTKECompat, dual: n.DualStack(),
+		exclusive: n.ExclusiveENIs > 0, services: servicesOf(s),
 	}
 }
 
@@ -200,7 +203,11 @@ func desired(s state, sc scene) []object {
 	if dual {
 		want = append(want, forwarding6{dev: primary.name})
 	}
-	want = append(want, table{dev: primary.name, primary: sc.primary, inside: sc.inside, dual: dual})
+	sc.exclusive = sc.exclusive || s.exclusive()
+	want = append(want, table{dev: primary.name, primary: sc.primary, inside: sc.inside, dual: dual, exclusive: sc.exclusive})
+	if sc.exclusive {
+		want = append(want, exclusiveRules()...)
+	}
 	want = append(want, sc.nodeRule(false))
 	if dual {
 		want = append(want, sc.nodeRule(true))
@@ -212,6 +219,10 @@ func desired(s state, sc scene) []object {
 			continue
 		}
 		dev, ok := sc.devices[slot.MAC]
+		if slot.exclusive() {
+			want = append(want, sc.parkedObjects(s, slot)...)
+			continue
+		}
 		want = append(want, sc.slotObjects(slot, dev)...)
 		if dual && !slot.Primary6.IsValid() { // a pod may have an address all the same
 			want = append(want, sc.slotRules(slot, true)...)
@@ -224,6 +235,9 @@ func desired(s state, sc scene) []object {
 		case sc.wired[p.Attachment]:
 			name, _, _ := vethOf(p.Attachment)
 			want = append(append(want, sc.hostObjects(p)...), forwarding(name))
+			if _, out := sc.devices[p.MAC]; out && p.exclusive() && p.NetNS != "" {
+				want = append(want, sc.insideObjects(p)...)
+			}
 		case sc.alive[p.Attachment]:
 			want = append(want, sc.podObjects(p)...)
 		}
@@ -336,12 +350,15 @@ func (pol policy) hostObjects(p Pod) []object {
 		out = append(out, neighbour{dev: name, addr: p.Addr6, mac: podMAC})
 	}
 	for _, a := range p.addrs() {
-		if pol.compat {
+		switch {
+		case p.exclusive():
+			out = append(out, route{table: exclusiveTable, dst: a, dev: name})
+		case pol.compat:
 			out = append(out,
 				route{table: mainTable, six: a.Is6(), dst: a, dev: name},
 				rule{priority: podPriority, six: a.Is6(), to: a, table: mainTable},
 				rule{priority: slotPriority, six: a.Is6(), from: a, table: slotTable + p.Slot})
-		} else {
+		default:
 			out = append(out, route{table: podTable, six: a.Is6(), dst: a, dev: name})
 		}
 		out = append(out, element{addr: a, slot: p.Slot})
@@ -353,8 +370,11 @@ func (pol policy) hostObjects(p Pod) []object {
 }
 
 // insideObjects is what a pod needs in its network namespace.
-func insideObjects(p Pod) []object {
+func (pol policy) insideObjects(p Pod) []object {
 	_, hostMAC, mac := vethOf(p.Attachment)
+	if p.exclusive() {
+		return pol.wholeObjects(p, mac, hostMAC)
+	}
 	out := []object{
 		podLink{pod: p, mac: mac},
 		podAddress{pod: p, addr: p.Addr},
@@ -379,7 +399,7 @@ func (pol policy) podObjects(p Pod) []object {
 		_, ok := o.(link)
 		return ok
 	})
-	return append(append(host[:links:links], insideObjects(p)...), host[links:]...)
+	return append(append(host[:links:links], pol.insideObjects(p)...), host[links:]...)
 }
 
 // vethOf returns the name and the MAC of the host's end of a pod's veth, and the

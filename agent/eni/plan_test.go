@@ -112,7 +112,7 @@ func parse(text string) (have []object) {
 		o.k, o.a, _ = strings.Cut(l, ": ")
 		kind, _, _ := strings.Cut(l, " ")
 		switch kind {
-		case "sysctl", "link", "address", "file":
+		case "sysctl", "link", "address", "file", "parked":
 			have = append(have, o)
 		default:
 			have = append(have, ownLine{o})
@@ -281,11 +281,14 @@ type poolCase struct {
 	ENIs      []tencent.ENI     `json:"enis"`
 	Missing   string            `json:"missing"` // how long the ledger's ENI has not been seen
 	Waiting   int               `json:"waiting"` // ADDs
-	Excess    string            `json:"excess"`  // for how long
-	Idle      map[string]string `json:"idle"`    // ENIs that are not needed, for how long
-	Spare     map[string]string `json:"spare"`   // ENIs in no slot, for how long
-	Refused   map[string]string `json:"refused"` // what is held up, and by which code
-	Failed    map[string]string `json:"failed"`  // ENIs that their creation has not attached, and why
+	Wanted    [][]string        `json:"wanted"`  // security groups of ENIs that ADDs wait for
+	Exclusive int               `json:"exclusiveENIs"`
+	Extend    int               `json:"extendENIs"` // of the quota
+	Excess    string            `json:"excess"`     // for how long
+	Idle      map[string]string `json:"idle"`       // ENIs that are not needed, for how long
+	Spare     map[string]string `json:"spare"`      // ENIs in no slot, for how long
+	Refused   map[string]string `json:"refused"`    // what is held up, and by which code
+	Failed    map[string]string `json:"failed"`     // ENIs that their creation has not attached, and why
 }
 
 // TestPoolPlan compares the plan for a ledger and what the cloud says with the
@@ -300,7 +303,7 @@ func TestPoolPlan(t *testing.T) {
 		for _, e := range []struct {
 			err  error
 			what string
-		}{{out.err, ""}, {out.note, "for an ADD: "}} {
+		}{{out.err, ""}, {out.note, "for an ADD: "}, {out.whole, "for an ADD of a pod alone: "}} {
 			if e.err != nil && (e.what == "" || e.err != out.err) {
 				fmt.Fprintf(&b, "%s%s %s: %v\n", e.what, node.ClassOf(e.err), node.ReasonOf(e.err, "-"), e.err)
 			}
@@ -332,7 +335,7 @@ func (c poolCase) scene(t *testing.T) (poolWant, state, cloudView) {
 		return out
 	}
 	s := newState()
-	s.Quota = tencent.ENILimit{ENIs: 17, IPsPerENI: 51}
+	s.Quota = tencent.ENILimit{ENIs: 17, IPsPerENI: 51, ExtendENIs: c.Extend}
 	for _, slot := range c.Slots {
 		s.Slots[slot.Number] = slot
 	}
@@ -348,7 +351,7 @@ func (c poolCase) scene(t *testing.T) (poolWant, state, cloudView) {
 	warm := cmp.Or(c.Warm, &node.WarmIPs{Min: c.IPsPerENI - len(c.Pods), Max: c.IPsPerENI - len(c.Pods)})
 	want := poolWant{cluster: "cls-lab00001", facts: node.Facts{InstanceID: "ins-00000001", VPCID: "vpc-lab00001", Zone: "ap-guangzhou-3"}}
 	want.network = node.NetworkConfig{SubnetIDs: []string{"subnet-pods0001"}, SecurityGroupIDs: []string{"sg-lab00001"},
-		ENIs: cmp.Or(c.MaxENIs, 1), IPsPerENI: c.IPsPerENI, WarmIPs: *warm}
+		ENIs: cmp.Or(c.MaxENIs, 1), IPsPerENI: c.IPsPerENI, WarmIPs: *warm, ExclusiveENIs: c.Exclusive}
 	if len(c.Subnets) > 0 {
 		want.network.SubnetIDs = c.Subnets
 	}
@@ -359,7 +362,7 @@ func (c poolCase) scene(t *testing.T) (poolWant, state, cloudView) {
 		want.network.Allocator = node.AllocatorObserve
 	}
 	view := cloudView{
-		enis: c.ENIs, now: now, missing: map[string]time.Time{}, waiting: c.Waiting,
+		enis: c.ENIs, now: now, missing: map[string]time.Time{}, waiting: c.Waiting, wanted: c.Wanted,
 		idle: since(c.Idle), spare: since(c.Spare), holds: map[string]hold{}, failed: c.Failed,
 		subnets: map[string]tencent.Subnet{
 			"subnet-pods0001": {ID: "subnet-pods0001", CIDR: netip.MustParsePrefix("10.0.16.0/20"), CIDR6: netip.MustParsePrefix("2402:4e00:0:16::/64"), Zone: "ap-guangzhou-3", AvailableIPs: 4000},

@@ -97,7 +97,7 @@ func (o veth) put(k *kernel) error {
 	// otherwise begins with, one for each of them.
 	// Source: veth_init_queues in the kernel's drivers/net/veth.c
 	v := &netlink.Veth{
-		LinkAttrs: attrs, PeerName: o.pod.IfName, PeerHardwareAddr: peer,
+		LinkAttrs: attrs, PeerName: o.pod.peer(), PeerHardwareAddr: peer,
 		PeerNamespace: netlink.NsFd(pod.ns.Fd()), PeerMTU: uint32(o.pod.MTU),
 	}
 	pod.link = nil
@@ -114,7 +114,7 @@ func (o veth) put(k *kernel) error {
 	}
 	l, err := k.nl.LinkByName(name)
 	if err != nil {
-		return fmt.Errorf("link %s exists in %s: %w", o.pod.IfName, o.pod.NetNS, errors.Join(addErr, err))
+		return fmt.Errorf("link %s exists in %s: %w", o.pod.peer(), o.pod.NetNS, errors.Join(addErr, err))
 	}
 	if !ours(l) {
 		return addErr

@@ -106,6 +106,7 @@ func (p *Pool) Plan(ctx context.Context) (node.Plan, error) {
 	out := planPool(want, s, view)
 	p.remember(out, view.now)
 	p.network.setBlocked(cmp.Or(out.err, out.note))
+	p.network.wants.setBlocked(out.whole)
 	plan.Serving = out.serving
 	for _, st := range out.steps {
 		plan.Add(func(ctx context.Context) error { return p.do(ctx, want, st) }, "%s", st.text)
@@ -126,7 +127,7 @@ func formerly(s state) string {
 // observe asks the cloud for the ENIs that may be ours to use, and for what must be
 // known of their subnets and of the quota. The caller holds mu.
 func (p *Pool) observe(ctx context.Context, want poolWant, s state) (cloudView, tencent.ENILimit, error) {
-	view := cloudView{subnets: map[string]tencent.Subnet{}, now: time.Now(), waiting: int(p.network.waiting.Load())}
+	view := cloudView{subnets: map[string]tencent.Subnet{}, now: time.Now(), waiting: int(p.network.waiting.Load()), wanted: p.network.wants.open(s)}
 	var err error
 	if view.enis, err = p.describe(ctx, want, s); err != nil {
 		return view, s.Quota, err
@@ -223,7 +224,7 @@ func (p *Pool) describeSubnets(ctx context.Context, want poolWant, view cloudVie
 		}
 		add(e.SubnetID, age)
 	}
-	if !want.observes() && (view.waiting > 0 || len(view.enis) == 0) {
+	if !want.observes() && (view.waiting+len(view.wanted) > 0 || len(view.enis) == 0) {
 		for _, id := range want.network.SubnetIDs {
 			add(id, subnetAge)
 		}
@@ -336,7 +337,7 @@ func (p *Pool) call(ctx context.Context, want poolWant, st poolStep) (Slot, erro
 			slot.ENI, slot.Task = made.ID, task
 		}
 	case stepAttach:
-		_, err = p.cloud.AttachENI(ctx, slot.ENI, id, want.token(slot, stepAttach))
+		_, err = p.cloud.AttachENI(ctx, slot.ENI, id, slot.AttachType, want.token(slot, stepAttach))
 	case stepAssign:
 		var ips []tencent.IP
 		if ips, _, err = p.cloud.AssignIPs(ctx, slot.ENI, st.n, want.token(slot, stepAssign)); err == nil {

@@ -15,7 +15,8 @@ type balance struct {
 	want  poolWant
 	state state
 	view  cloudView
-	slots []slotPlan
+	slots []slotPlan // whose addresses pods share
+	whole []slotPlan // that pods get whole
 	spare []tencent.ENI
 
 	out poolPlan
@@ -57,9 +58,10 @@ func (b *balance) plan() poolPlan {
 	default:
 		b.shrink(free)
 	}
+	b.giveWhole()
 	b.reap()
 	b.out.note = cmp.Or(unpaired, blocked, wait)
-	for _, p := range b.slots {
+	for _, p := range slices.Concat(b.slots, b.whole) {
 		b.out.steps = append(b.out.steps, p.steps...)
 	}
 	verdict := b.verdict(free)
@@ -93,7 +95,7 @@ func (b *balance) sum(f func(*slotPlan) int) (n int) {
 // pods, whatever is under way; one whose addresses are all in use has done what
 // it can.
 func (b *balance) verdict(free int) error {
-	for _, p := range b.slots {
+	for _, p := range slices.Concat(b.slots, b.whole) {
 		if p.grave != nil {
 			return p.grave
 		}
@@ -195,8 +197,8 @@ func (b *balance) addENI(n int, spared bool) (int, error) {
 		return 0, node.Waiting("ENIDetaching", "every slot has an ENI that is being given up")
 	}
 	p := &b.slots[i]
-	if len(b.spare) > 0 {
-		e := b.spare[0]
+	if s := slices.IndexFunc(b.spare, shared); s >= 0 {
+		e := b.spare[s]
 		if e.State != tencent.StateAvailable {
 			b.lookIn(pollPeriod)
 			return 0, node.Waiting("ENIChanging", "%s is %s", e.ID, e.State)
@@ -205,7 +207,7 @@ func (b *balance) addENI(n int, spared bool) (int, error) {
 			b.look(err)
 			return 0, err
 		}
-		b.spare = b.spare[1:]
+		b.spare = slices.Delete(slices.Clone(b.spare), s, s+1)
 		p.attach(e, b.view.now, spared)
 		return max(p.coming, 1), nil
 	}

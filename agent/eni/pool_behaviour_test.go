@@ -270,7 +270,7 @@ func TestPoolAsksForTheQuotaAgain(t *testing.T) {
 		if err := n.converges(time.Hour); err != nil {
 			t.Fatal(err)
 		}
-		if s := n.state(); s.Quota != (tencent.ENILimit{ENIs: 4, IPsPerENI: 10}) {
+		if s := n.state(); s.Quota != (tencent.ENILimit{ENIs: 4, IPsPerENI: 10, ExtendENIs: 10}) {
 			t.Errorf("quota %+v", s.Quota)
 		}
 	})

@@ -73,7 +73,7 @@ func (p *Pool) refuse(st poolStep, err error, now time.Time) bool {
 	keys := st.keys()
 	key, pause := keys[2], otherPause
 	switch {
-	case node.ClassOf(err) == node.ClassTerminal:
+	case node.ClassOf(err) == node.ClassTerminal && !st.slot.exclusive(): // which others do without
 		return false
 	case node.ReasonOf(err, "") == "Throttled":
 		key, pause = keys[0], throttlePause

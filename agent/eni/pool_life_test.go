@@ -291,7 +291,7 @@ func TestPoolLife(t *testing.T) {
 		if calls["vpc:AssignPrivateIpAddresses"] > 3 || calls["vpc:UnassignPrivateIpAddresses"] > 18 {
 			t.Errorf("calls: %v", calls)
 		}
-		if s := n.state(); s.Quota != (tencent.ENILimit{ENIs: 4, IPsPerENI: 10}) || len(s.Pods) != 2 {
+		if s := n.state(); s.Quota != (tencent.ENILimit{ENIs: 4, IPsPerENI: 10, ExtendENIs: 10}) || len(s.Pods) != 2 {
 			t.Errorf("quota %+v, %d pods", s.Quota, len(s.Pods))
 		}
 	})

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -46,7 +47,8 @@ type cloudView struct {
 	enis    []tencent.ENI // those that may be in slots, attached or not
 	subnets map[string]tencent.Subnet
 	now     time.Time
-	waiting int // ADDs that wait for an address
+	waiting int        // ADDs that wait for an address
+	wanted  [][]string // security groups of the ENIs that ADDs wait for whole
 
 	missing map[string]time.Time // since when an ENI of the ledger has not been seen
 	idle    map[string]time.Time // since when an attached ENI has not been needed
@@ -92,7 +94,8 @@ func (w poolWant) here(e tencent.ENI) bool {
 // bounds returns how many secondary ENIs there may be, and how many addresses for
 // pods on each: the quota without the primary ones, and what the configuration says.
 func (w poolWant) bounds(q tencent.ENILimit) (enis, ips int) {
-	enis, ips = min(q.ENIs-1, maxSlots), q.IPsPerENI-1
+	shared, _ := w.network.ShareENIs(q.ENIs, q.ExtendENIs)
+	enis, ips = min(shared, maxSlots), q.IPsPerENI-1
 	if n := w.network.ENIs; n > 0 {
 		enis = min(enis, n)
 	}
@@ -131,6 +134,7 @@ type poolPlan struct {
 	steps []poolStep
 	err   error         // of the condition
 	note  error         // why there are no more addresses, for an ADD that waits
+	whole error         // why there are no more ENIs for pods alone, for an ADD that waits
 	again time.Duration // when to look again; zero: at the next audit
 
 	serving bool // there is a free address, whatever the steps are for
@@ -151,16 +155,17 @@ func planPool(want poolWant, s state, view cloudView) poolPlan {
 	for n := range in {
 		numbers[n] = true
 	}
-	for n := range maxSlots {
-		if !numbers[n] {
-			continue
-		}
+	for _, n := range slices.Sorted(maps.Keys(numbers)) {
 		slot, ok := s.Slots[n]
 		if !ok {
 			slot = Slot{Number: n}
 		}
 		eni, seen := in[n]
-		b.slots = append(b.slots, planSlot(want, s, view, slot, eni, seen))
+		if p := planSlot(want, s, view, slot, eni, seen); slot.exclusive() {
+			b.whole = append(b.whole, p)
+		} else {
+			b.slots = append(b.slots, p)
+		}
 	}
 	b.spare = spare
 	return b.plan()
@@ -216,7 +221,7 @@ func (v cloudView) claim(want poolWant, s state) (in map[int]tencent.ENI, spare 
 // slotTag returns the slot that an ENI was created for.
 func slotTag(e tencent.ENI) (int, bool) {
 	for _, t := range e.Tags {
-		if n, err := strconv.Atoi(t.Value); t.Key == tagSlot && err == nil && n >= 0 && n < maxSlots {
+		if n, err := strconv.Atoi(t.Value); t.Key == tagSlot && err == nil && slotNumber(n) {
 			return n, true
 		}
 	}
@@ -225,7 +230,7 @@ func slotTag(e tencent.ENI) (int, bool) {
 
 // freeSlot returns the slot in which the ENI was before the ledger was lost, as its
 // pods say, or that it was created for if nothing is in it, or else the lowest that
-// is empty.
+// is empty of its kind.
 func freeSlot(s state, in map[int]tencent.ENI, e tencent.ENI) (int, bool) {
 	free := func(n int) bool {
 		_, taken := in[n]
@@ -242,7 +247,11 @@ func freeSlot(s state, in map[int]tencent.ENI, e tencent.ENI) (int, bool) {
 			return n, true
 		}
 	}
-	for n := range maxSlots {
+	first, end := 0, maxSlots
+	if !shared(e) {
+		first, end = exclusiveSlot, exclusiveSlot+node.MaxExclusiveENIs
+	}
+	for n := first; n < end; n++ {
 		if free(n) {
 			return n, true
 		}

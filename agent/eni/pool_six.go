@@ -52,7 +52,7 @@ func (s Slot) count6() int {
 // dual-stack goes on with what its pods have.
 func (p *slotPlan) learn6(want poolWant, s state, before Slot, subnet tencent.Subnet, now time.Time, pods []Pod, states map[netip.Addr]string) {
 	next := &p.slot
-	p.six.wanted = want.network.DualStack()
+	p.six.wanted = want.network.DualStack() && !p.slot.exclusive() // an ENI in a pod is of IPv4 alone
 	next.Subnet6, next.Addrs6 = netip.Prefix{}, nil
 	if !p.six.wanted && !slices.ContainsFunc(pods, func(p Pod) bool { return p.Addr6.IsValid() }) {
 		next.Primary6 = netip.Addr{}

@@ -63,7 +63,7 @@ func planSlot(want poolWant, s state, view cloudView, slot Slot, eni tencent.ENI
 		p.grave = node.Terminal("ENIElsewhere", "detach it there, or remove its tags and delete it",
 			fmt.Errorf("%s of slot %d is attached to %s", eni.ID, slot.Number, eni.Attachment.InstanceID))
 	case eni.State == tencent.StateAvailable && eni.Attachment == nil:
-		p.detached(want, view)
+		p.detached(want, s, view)
 	case !eni.AttachedTo(want.facts.InstanceID):
 		p.coming = secondaries(eni)
 		if p.retiring() || eni.State == tencent.StateDetaching || eni.State == tencent.StateDeleting {
@@ -142,7 +142,7 @@ func (p *slotPlan) absent(want poolWant, view cloudView, pods []Pod) {
 }
 
 // detached deals with an ENI that no instance has.
-func (p *slotPlan) detached(want poolWant, view cloudView) {
+func (p *slotPlan) detached(want poolWant, s state, view cloudView) {
 	slot := p.slot
 	step := stepAttach
 	if p.retiring() {
@@ -152,6 +152,7 @@ func (p *slotPlan) detached(want poolWant, view cloudView) {
 	if step == stepDelete {
 		p.coming = 0
 	}
+	p.tornOut(usedBy(s, slot))
 	why, failed := view.failed[p.eni.ID]
 	switch err := view.refusal(p.key(), throttleKey(step)); {
 	case err != nil:
@@ -185,6 +186,7 @@ func (p *slotPlan) attached(want poolWant, s state, view cloudView, pods []Pod) 
 	next := &p.slot
 	next.ENI, next.MAC, next.Subnet = eni.ID, strings.ToLower(eni.MAC), subnet.CIDR
 	next.Addrs, next.Leaving = nil, nil
+	next.regroup(eni)
 	pending := 0
 	states := map[netip.Addr]string{}
 	for _, ip := range eni.IPs {
@@ -192,6 +194,14 @@ func (p *slotPlan) attached(want poolWant, s state, view cloudView, pods []Pod) 
 		switch {
 		case ip.Primary:
 			next.Primary = ip.Addr
+			if !next.exclusive() {
+				break
+			}
+			if ip.State == tencent.StateAvailable {
+				next.Addrs = append(next.Addrs, ip.Addr)
+			} else {
+				pending++
+			}
 		case slices.Contains(before.Leaving, ip.Addr):
 			next.Leaving = append(next.Leaving, ip.Addr)
 		case ip.State == tencent.StateAvailable:
@@ -298,6 +308,9 @@ func changes(before, after Slot, states map[netip.Addr]string) []string {
 	if before.ENI != after.ENI || before.MAC != after.MAC || before.Primary != after.Primary || before.Subnet != after.Subnet {
 		out = append(out, fmt.Sprintf("take %s into slot %d: mac %s primary %s subnet %s", after.ENI, after.Number, after.MAC, after.Primary, after.Subnet))
 	}
+	if !slices.Equal(before.Groups, after.Groups) {
+		out = append(out, fmt.Sprintf("note that %s has security groups %s", after.ENI, strings.Join(after.Groups, ", ")))
+	}
 	if before.Primary6 != after.Primary6 || before.Subnet6 != after.Subnet6 {
 		out = append(out, changes6(after))
 	}
@@ -327,18 +340,23 @@ func (p *slotPlan) create(want poolWant, subnet string, n int, now time.Time, sp
 	p.slot.intend(stepCreate, now)
 	p.slot.SubnetID, p.slot.Target = subnet, n
 	p.coming = n
+	what, groups := fmt.Sprintf("%d addresses", n), want.network.SecurityGroupIDs
+	if p.slot.exclusive() {
+		what, groups = "security groups "+strings.Join(p.slot.Groups, ", "), p.slot.Groups
+	}
 	p.steps = append(p.steps, poolStep{
-		text: fmt.Sprintf("create an ENI in slot %d from %s with %d addresses", p.slot.Number, subnet, n),
-		slot: p.slot, call: stepCreate, subnet: subnet, spared: spared,
+		text: fmt.Sprintf("create an ENI in slot %d from %s with %s", p.slot.Number, subnet, what),
+		slot: p.slot, call: stepCreate, subnet: subnet, spared: spared || p.slot.exclusive(),
 		spec: tencent.ENISpec{
 			VPCID:            want.facts.VPCID,
 			SubnetID:         subnet,
 			Name:             fmt.Sprintf("%s-%d", want.facts.InstanceID, p.slot.Number),
 			Description:      "pods of " + want.cluster,
 			SecondaryIPs:     n,
-			SecurityGroupIDs: want.network.SecurityGroupIDs,
+			SecurityGroupIDs: groups,
 			Tags:             want.tags(p.slot.Number),
 			InstanceID:       want.facts.InstanceID,
+			AttachType:       p.slot.AttachType,
 			ClientToken:      want.token(p.slot, stepCreate),
 		},
 	})
@@ -350,7 +368,7 @@ func (p *slotPlan) attach(e tencent.ENI, now time.Time, spared bool) {
 	p.slot.SubnetID, p.slot.Target = "", 0
 	p.coming = secondaries(e)
 	p.steps = append(p.steps, poolStep{
-		text: fmt.Sprintf("attach %s to slot %d", e.ID, p.slot.Number), slot: p.slot, call: stepAttach, spared: spared,
+		text: fmt.Sprintf("attach %s to slot %d", e.ID, p.slot.Number), slot: p.slot, call: stepAttach, spared: spared || p.slot.exclusive(),
 	})
 }
 

@@ -225,8 +225,8 @@ func (k *killer) CreateENI(ctx context.Context, spec tencent.ENISpec) (e tencent
 	return e, task, err
 }
 
-func (k *killer) AttachENI(ctx context.Context, eni, instance, token string) (task string, err error) {
-	err = k.call(func() error { task, err = k.Cloud.AttachENI(ctx, eni, instance, token); return err })
+func (k *killer) AttachENI(ctx context.Context, eni, instance string, attachType int, token string) (task string, err error) {
+	err = k.call(func() error { task, err = k.Cloud.AttachENI(ctx, eni, instance, attachType, token); return err })
 	return task, err
 }
 

@@ -67,7 +67,7 @@ func podOf(name, text string) (Pod, bool) {
 	}
 	p.Namespace, p.Name, _ = strings.Cut(f[4], "/")
 	host, _, _ := vethOf(p.Attachment)
-	return p, addrErr == nil && slotErr == nil && slot >= 0 && slot < maxSlots && host == name
+	return p, addrErr == nil && slotErr == nil && slotNumber(slot) && host == name
 }
 
 // complete adds to the state of this boot what the ledger has lost: pods whose
@@ -106,6 +106,7 @@ func (s *state) complete(w witness, damaged error, now time.Time) error {
 		}
 		// Whoever had the address before has no link: its DEL was lost.
 		maps.DeleteFunc(s.Pods, func(_ cni.Attachment, old Pod) bool { return shares(old) })
+		p.bind(s.Slots[p.Slot])
 		p.ENI, p.Since, p.Found = s.Slots[p.Slot].ENI, now.UTC().Truncate(time.Millisecond), true
 		s.Pods[p.Attachment] = p
 	}

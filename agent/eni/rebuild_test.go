@@ -38,11 +38,29 @@ func TestPodOfLink(t *testing.T) {
 	}
 	for _, text := range []string{
 		"", "tkenode", strings.Replace(alias(p), "web", "other", 1), strings.Replace(alias(p), "10.0.16.5", "10.0.16", 1),
-		strings.Replace(alias(p), " 3 ", " 16 ", 1), strings.Replace(alias(p), " 3 ", " -1 ", 1), strings.TrimPrefix(alias(p), aliasPrefix),
+		strings.Replace(alias(p), " 3 ", " 16 ", 1), strings.Replace(alias(p), " 3 ", " -1 ", 1), strings.Replace(alias(p), " 3 ", " 99 ", 1), strings.Replace(alias(p), " 3 ", " 200 ", 1), strings.TrimPrefix(alias(p), aliasPrefix),
 	} {
 		if got, ok := podOf(name, text); ok {
 			t.Errorf("%q: %+v", text, got)
 		}
+	}
+}
+
+// TestPodOfWholeENI: a pod that has its ENI whole is known by its link, and what it
+// has to know of the ENI once the cloud has said which that is.
+func TestPodOfWholeENI(t *testing.T) {
+	p := testPod("web", "10.0.16.23")
+	p.Slot = exclusiveSlot
+	name, _, _ := vethOf(p.Attachment)
+	got, ok := podOf(name, alias(p))
+	if !ok || got != p || !got.exclusive() {
+		t.Fatalf("read back %+v, %v; want %+v", got, ok, p)
+	}
+	s := newState()
+	s.Pods[got.Attachment] = got
+	s.apply(record{Slot: &Slot{Number: exclusiveSlot, ENI: "eni-3", MAC: "52:54:00:00:00:03", Subnet: netip.MustParsePrefix("10.0.16.0/20")}})
+	if got = s.Pods[p.Attachment]; got.ENI != "eni-3" || got.MAC != "52:54:00:00:00:03" || got.Gateway.String() != "10.0.16.1" {
+		t.Errorf("%+v", got)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -190,6 +191,7 @@ var (
 	// As CNI demands of container ids, and Linux of interface names.
 	containerID = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.\-]{0,127}$`)
 	ifName      = regexp.MustCompile(`^[a-zA-Z0-9_.\-]{1,15}$`)
+	groupID     = regexp.MustCompile(`^sg-[a-z0-9]{6,16}$`)
 	podName     = regexp.MustCompile(`^[a-zA-Z0-9_.\-]{0,253}$`)
 )
 
@@ -211,10 +213,20 @@ func validate(req cni.Request) *cni.Error {
 		return invalid("CNI_IFNAME is %.32q", req.IfName)
 	case !podName.MatchString(req.PodNamespace) || !podName.MatchString(req.PodName):
 		return invalid("CNI_ARGS names the pod %.64q/%.64q", req.PodNamespace, req.PodName)
+	case len(req.Network) > 64 || len(req.SecurityGroups) > maxGroups || !allMatch(groupID, req.SecurityGroups):
+		return cni.Errorf(cni.CodeRefused, "the pod's network is refused", "%s is %.64q and %s is %.200q, want at most %d ids such as sg-1a2b3c4d with commas between",
+			cni.AnnotationNetwork, req.Network, cni.AnnotationGroups, strings.Join(req.SecurityGroups, ","), maxGroups)
 	case req.Command != cni.Del && (!filepath.IsAbs(req.NetNS) || len(req.NetNS) > 4096):
 		return invalid("CNI_NETNS is %.64q, want an absolute path", req.NetNS)
 	}
 	return nil
+}
+
+// maxGroups bounds the security groups that a pod asks for.
+const maxGroups = 10
+
+func allMatch(r *regexp.Regexp, all []string) bool {
+	return !slices.ContainsFunc(all, func(s string) bool { return !r.MatchString(s) })
 }
 
 // add gives the pod an address and wires it.
@@ -224,11 +236,17 @@ func (n *Network) add(ctx context.Context, req cni.Request) (*cni.Result, error)
 		return nil, cni.Errorf(cni.CodeInvalidEnvironment, "open network namespace", "%v", err)
 	}
 	ns.Close()
-	pod := Pod{Attachment: req.Attachment, Namespace: req.PodNamespace, Name: req.PodName, NetNS: req.NetNS}
-	if n.policy().dual {
-		pod.Addr6 = wantsIPv6
+	wanted := Pod{Attachment: req.Attachment, Namespace: req.PodNamespace, Name: req.PodName, NetNS: req.NetNS}
+	switch groups, whole, err := n.whole(req); {
+	case err != nil:
+		return nil, err
+	case whole:
+		return n.addWhole(ctx, wanted, groups)
 	}
-	pod, err = n.allocate(ctx, pod)
+	if n.policy().dual {
+		wanted.Addr6 = wantsIPv6
+	}
+	pod, err := n.allocate(ctx, wanted)
 	if err != nil {
 		return nil, err
 	}
@@ -321,6 +339,9 @@ func (n *Network) del(key cni.Attachment) error {
 	}
 	if !ok {
 		return nil
+	}
+	if pod.exclusive() {
+		return n.delWhole(pod)
 	}
 	if err := n.ledger.release(key, time.Now()); err != nil {
 		return ledgerError{err}

@@ -13,7 +13,7 @@ import (
 type PodState struct {
 	Pod
 	Veth string `json:"veth"`
-	// State is "wired"; "no veth" while its network is being made or repaired;
+	// State is "wired"; "no veth" or "no ENI" while its network is being made or repaired;
 	// "dead" when its network namespace is gone and no DEL has come; or "address
 	// gone" when the cloud has taken its address away.
 	State string `json:"state"`
@@ -30,10 +30,11 @@ func (n *Network) State() (State, error) {
 	blocked, seen, seenAt := n.blocked, n.seen, n.seenAt
 	n.mu.Unlock()
 	n.paths.mu.Lock()
-	sc, ready := n.paths.scene, n.paths.readySlots()
+	sc, ready, whole := n.paths.scene, n.paths.readySlots(), n.paths.wholeSlots()
 	n.paths.mu.Unlock()
 
 	out := describe(s, sc, ready, seen, time.Now())
+	out.tellWhole(whole, sc)
 	if out.MetadataRefused, err = refusedNow(); err != nil {
 		return State{}, err
 	}

@@ -61,7 +61,7 @@ func (k *kernel) observeAll(pol policy, pod Pod) ([]object, error) {
 	if err != nil {
 		return nil, err
 	}
-	inside, err := k.observePod(pod)
+	inside, err := k.observeInside(pod)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("the pod's network namespace is gone: %w", err)
 	}
@@ -75,6 +75,11 @@ func (p *Paths) unwire(pod Pod) error {
 		return err
 	}
 	defer p.end(k)
+	return p.unlead(k, pod)
+}
+
+// unlead is unwire with the lock.
+func (p *Paths) unlead(k *kernel, pod Pod) (err error) {
 	for _, o := range p.network.policy().hostObjects(pod) {
 		switch o := o.(type) {
 		case veth: // see reap

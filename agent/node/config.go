@@ -102,6 +102,14 @@ type NetworkConfig struct {
 	// IPFamilies are those that every pod has an address of, the same ENI's: IPv4, or
 	// IPv4 and IPv6. Default IPv4. A pod keeps what it was made with.
 	IPFamilies []IPFamily `json:"ipFamilies,omitempty" yaml:"ipFamilies"`
+	// ExclusiveENIs is how many ENIs at most are given to pods whole: to those with
+	// the annotation tke.cloud.tencent.com/networks: tke-direct-eni. 0, the default:
+	// such pods are refused.
+	ExclusiveENIs int `json:"exclusiveENIs,omitempty" yaml:"exclusiveENIs"`
+	// PodSecurityGroupIDs are the security groups that such a pod may choose for its
+	// ENI by the annotation tke.cloud.tencent.com/pod-security-groups; one that does
+	// not choose has SecurityGroupIDs.
+	PodSecurityGroupIDs []string `json:"podSecurityGroupIDs,omitempty" yaml:"podSecurityGroupIDs"`
 	// NonMasqueradeCIDRs are the destinations that see a pod's own address; to all
 	// others a pod has the primary ENI's. Default: the private networks.
 	NonMasqueradeCIDRs []netip.Prefix `json:"nonMasqueradeCIDRs" yaml:"nonMasqueradeCIDRs"`
@@ -194,15 +202,36 @@ const unknownMaxPods = 8
 // MaxPodsLimit bounds the pods: Kubernetes is tested with far fewer on a node.
 const MaxPodsLimit = 1000
 
+// MaxExclusiveENIs bounds network.exclusiveENIs. How many an instance may have is
+// asked of the cloud; no type has more.
+const MaxExclusiveENIs = 100
+
+// ShareENIs divides the secondary ENIs of an instance that may have so many ENIs,
+// the primary one included, and so many extension ENIs: into those whose addresses
+// pods share, and those that pods get whole. Extension ENIs are only for the latter;
+// without them the two share one quota, of which the former keep at least one.
+func (n NetworkConfig) ShareENIs(enis, extend int) (shared, exclusive int) {
+	shared = max(enis-1, 0)
+	switch {
+	case n.Allocator == AllocatorObserve:
+		return shared, 0
+	case extend > 0:
+		return shared, min(n.ExclusiveENIs, extend)
+	}
+	exclusive = max(min(n.ExclusiveENIs, shared-1), 0)
+	return shared - exclusive, exclusive
+}
+
 // MaxPods returns how many pods kubelet may be given: by TKE's formula as many as
-// the secondary ENIs have addresses beside their primary one, and no more than the
-// configuration says.
+// the secondary ENIs have addresses beside their primary one, and one for each ENI
+// that is given to a pod whole, and no more than the configuration says.
 // Source: https://cloud.tencent.com/document/product/457/64919
 func (c Config) MaxPods(f Facts) int {
 	pods, enis, ips := unknownMaxPods, c.Network.ENIs, c.Network.IPsPerENI
 	switch {
 	case f.ENIQuota > 0 && f.IPQuota > 0:
-		pods = bounded(f.ENIQuota-1, enis) * bounded(f.IPQuota-1, ips)
+		shared, exclusive := c.Network.ShareENIs(f.ENIQuota, f.ExtendENIQuota)
+		pods = bounded(shared, enis)*bounded(f.IPQuota-1, ips) + exclusive
 	case enis > 0 && ips > 0:
 		pods = enis * ips
 	case c.Kubelet.MaxPods > 0:

@@ -33,3 +33,30 @@ func TestMaxPods(t *testing.T) {
 		}
 	}
 }
+
+// TestExclusivePods: a pod for each ENI that is given away whole, of a quota of its
+// own where the instance has one, and else of the others', which keep at least one.
+func TestExclusivePods(t *testing.T) {
+	for name, c := range map[string]struct {
+		exclusive, eniQuota, extend int
+		allocator                   node.Allocator
+		shared, whole, pods         int
+	}{
+		"none":                         {0, 4, 10, "", 3, 0, 27},
+		"extension ENIs":               {5, 4, 10, "", 3, 5, 32},
+		"more than the extension ENIs": {20, 4, 10, "", 3, 10, 37},
+		"of one quota":                 {2, 4, 0, "", 1, 2, 11},
+		"more than the quota":          {20, 4, 0, "", 1, 2, 11},
+		"one secondary ENI":            {1, 2, 0, "", 1, 0, 9},
+		"no secondary ENI":             {1, 1, 0, "", 0, 0, 1},
+		"observed":                     {5, 4, 10, node.AllocatorObserve, 3, 0, 27},
+	} {
+		var cfg node.Config
+		cfg.Network.ExclusiveENIs, cfg.Network.Allocator = c.exclusive, c.allocator
+		shared, whole := cfg.Network.ShareENIs(c.eniQuota, c.extend)
+		pods := cfg.MaxPods(node.Facts{ENIQuota: c.eniQuota, IPQuota: 10, ExtendENIQuota: c.extend})
+		if shared != c.shared || whole != c.whole || pods != c.pods {
+			t.Errorf("%s: %d and %d ENIs, %d pods; want %d, %d, %d", name, shared, whole, pods, c.shared, c.whole, c.pods)
+		}
+	}
+}

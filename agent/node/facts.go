@@ -23,6 +23,8 @@ type Facts struct {
 	CAMRole      string     `json:"camRole,omitempty"`  // empty: the instance has none
 	ENIQuota     int        `json:"eniQuota,omitempty"` // ENIs, the primary one included; 0: not known
 	IPQuota      int        `json:"ipQuota,omitempty"`  // addresses of an ENI, the primary one included; 0: not known
+	// ExtendENIQuota is how many extension ENIs there may be beside those; 0: none, or not known.
+	ExtendENIQuota int `json:"extendENIQuota,omitempty"`
 	// DataDisks are the ids of the CBS data disks that were attached then. It is the
 	// one fact that may change: a disk that is used once is in the ledger of disks.
 	DataDisks []string `json:"dataDisks,omitempty"`

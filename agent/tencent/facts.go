@@ -125,7 +125,7 @@ func (c *Client) Facts(ctx context.Context, f node.Facts) (node.Facts, error) {
 	if err != nil {
 		return f, err
 	}
-	f.ZoneID, f.ENIQuota, f.IPQuota = id, limit.ENIs, limit.IPsPerENI
+	f.ZoneID, f.ENIQuota, f.IPQuota, f.ExtendENIQuota = id, limit.ENIs, limit.IPsPerENI, limit.ExtendENIs
 	return f, nil
 }
 

@@ -37,6 +37,7 @@ type ENI struct {
 	IPs            []IP        `json:"PrivateIpAddressSet"`
 	IP6s           []IP6       `json:"Ipv6AddressSet"`
 	Attachment     *Attachment `json:"Attachment"`
+	AttachType     int         `json:"AttachType,omitempty"` // 1: against the quota of extension ENIs
 	Tags           []Tag       `json:"TagSet"`
 	CreatedTime    string      `json:"CreatedTime"`
 }
@@ -97,14 +98,22 @@ type ENISpec struct {
 	SecurityGroupIDs []string `json:"SecurityGroupIds"`
 	Tags             []Tag    `json:"Tags,omitempty"`
 	InstanceID       string   `json:"InstanceId"`
-	ClientToken      string   `json:"ClientToken"` // at most 64 ASCII characters
+	AttachType       int      `json:"AttachType,omitempty"` // AttachExtension, or 0
+	ClientToken      string   `json:"ClientToken"`          // at most 64 ASCII characters
 }
 
+// AttachExtension is the type of attachment of an ENI that counts against the
+// instance's quota of extension ENIs, and not against that of standard ones.
+// Source: tencentcloud-sdk-go, vpc/v20170312, AttachNetworkInterfaceRequest
+const AttachExtension = 1
+
 // ENILimit says how many ENIs, the primary one included, an instance may have,
-// and how many addresses, the primary one included, each of them.
+// and how many addresses, the primary one included, each of them; and how many
+// extension ENIs beside them: 0 where the instance type has none.
 type ENILimit struct {
-	ENIs      int `json:"EniQuantity"`
-	IPsPerENI int `json:"EniPrivateIpAddressQuantity"`
+	ENIs       int `json:"EniQuantity"`
+	IPsPerENI  int `json:"EniPrivateIpAddressQuantity"`
+	ExtendENIs int `json:"ExtendEniQuantity,omitempty"`
 }
 
 // Subnet is a subnet of the VPC.
@@ -193,9 +202,14 @@ func (c *Client) CreateENI(ctx context.Context, spec ENISpec) (ENI, string, erro
 	return out.NetworkInterface.plain(), out.RequestId, err
 }
 
-// AttachENI starts to attach an ENI to an instance and returns the task.
-func (c *Client) AttachENI(ctx context.Context, eniID, instanceID, clientToken string) (string, error) {
-	in := struct{ NetworkInterfaceId, InstanceId, ClientToken string }{eniID, instanceID, clientToken}
+// AttachENI starts to attach an ENI to an instance, as AttachExtension or 0, and
+// returns the task.
+func (c *Client) AttachENI(ctx context.Context, eniID, instanceID string, attachType int, clientToken string) (string, error) {
+	in := struct {
+		NetworkInterfaceId, InstanceId string
+		AttachType                     int `json:",omitempty"`
+		ClientToken                    string
+	}{eniID, instanceID, attachType, clientToken}
 	var out answer
 	err := c.call(ctx, "vpc", "AttachNetworkInterface", in, &out)
 	return out.RequestId, err

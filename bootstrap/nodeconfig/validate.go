@@ -41,6 +41,9 @@ func (v *validator) need(field, value, advice string) bool {
 
 func (v *validator) config(c *node.Config) {
 	v.cluster(&c.Cluster)
+	if c.Network.ExclusiveENIs > 0 && !c.Cluster.ServiceCIDR.IsValid() {
+		v.problem("cluster.serviceCIDR", "missing; with network.exclusiveENIs it says what pods with an ENI of their own reach through the node, such as 172.16.0.0/20")
+	}
 	v.node(&c.Node)
 	v.network(&c.Network)
 	v.disks(c.Disks)
@@ -164,6 +167,7 @@ func (v *validator) network(n *node.NetworkConfig) {
 	// Source: https://cloud.tencent.com/document/product/576/18527
 	v.limit("network.enis", n.ENIs, 19)
 	v.limit("network.ipsPerENI", n.IPsPerENI, 50)
+	v.exclusive(n)
 	v.between("network.warmIPs.min", n.WarmIPs.Min, 0, node.MaxPodsLimit)
 	v.between("network.warmIPs.max", n.WarmIPs.Max, 0, node.MaxPodsLimit)
 	if n.WarmIPs.Max < n.WarmIPs.Min {
@@ -179,6 +183,21 @@ func (v *validator) network(n *node.NetworkConfig) {
 		if !podPattern.MatchString(pods) {
 			v.problem(index("network.metadataAccess", i), "found %s, expected pods of one namespace, such as kube-system/cbs-csi-* or monitoring/*", quote(pods))
 		}
+	}
+}
+
+// exclusive checks what is said of pods that have an ENI of their own.
+func (v *validator) exclusive(n *node.NetworkConfig) {
+	v.between("network.exclusiveENIs", n.ExclusiveENIs, 0, node.MaxExclusiveENIs)
+	if n.ExclusiveENIs > 0 && n.Allocator == node.AllocatorObserve {
+		v.problem("network.exclusiveENIs", "with network.allocator observe the agent attaches no ENIs; leave it out, or set network.allocator to node")
+	}
+	if len(n.PodSecurityGroupIDs) == 0 {
+		return
+	}
+	v.ids("network.podSecurityGroupIDs", "sg", n.PodSecurityGroupIDs, "")
+	if n.ExclusiveENIs == 0 {
+		v.problem("network.podSecurityGroupIDs", "only a pod with an ENI of its own has security groups of its own; set network.exclusiveENIs, too")
 	}
 }
 

@@ -153,6 +153,9 @@ func (p plugin) request(command cni.Command, conf config) (cni.Request, error) {
 			req.PodName = value
 		}
 	}
+	if command == cni.Add {
+		asks(conf.RuntimeConfig.Annotations, &req)
+	}
 	if command == cni.GC && conf.ValidAttachments == nil {
 		return req, cni.Errorf(cni.CodeInvalidConfig, "GC without cni.dev/valid-attachments", "nothing is removed")
 	}

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -106,6 +107,26 @@ func TestAddDualStack(t *testing.T) {
 		if got, code := (testCall{env("ADD"), strings.ReplaceAll(conf, "1.1.0", version)}).run(t, socket, 5*time.Second); !strings.Contains(got, want) || code != 0 {
 			t.Errorf("%s: exit status %d:\n%s\nwant\n%s", version, code, got, want)
 		}
+	}
+}
+
+// TestAddWhole: the annotations that ask for an ENI are handed on, and the result has
+// the ENI and the veth beside it.
+func TestAddWhole(t *testing.T) {
+	const whole = `{"result":{"hostName":"eni0","hostMAC":"0a:00:00:00:00:01","mac":"52:54:00:00:00:03","addr":"10.0.16.20/32","gateway":"10.0.16.1","mtu":1500,"vethName":"tke0","vethMAC":"0e:00:00:00:00:01"}}`
+	want := `{"cniVersion":"1.1.0","interfaces":[{"name":"eni0","mac":"0a:00:00:00:00:01","mtu":1500},{"name":"eth0","mac":"52:54:00:00:00:03","mtu":1500,"sandbox":"/run/netns/a"},{"name":"tke0","mac":"0e:00:00:00:00:01","mtu":1500,"sandbox":"/run/netns/a"}],"ips":[{"address":"10.0.16.20/32","gateway":"10.0.16.1","interface":1}],"routes":[{"dst":"0.0.0.0/0","gw":"10.0.16.1"}],"dns":{}}`
+	annotated := strings.Replace(conf, "{", `{"runtimeConfig":{"io.kubernetes.cri.pod-annotations":{"other":"x","tke.cloud.tencent.com/networks":" tke-direct-eni","tke.cloud.tencent.com/pod-security-groups":"sg-aaaaaa11, sg-bbbbbb22,"}},`, 1)
+	socket, requests := agent(t, whole, "{}")
+	got, code := testCall{env("ADD"), annotated}.run(t, socket, 5*time.Second)
+	if got != want || code != 0 {
+		t.Errorf("exit status %d:\n%s\nwant\n%s", code, got, want)
+	}
+	if req := <-requests; req.Network != "tke-direct-eni" || !slices.Equal(req.SecurityGroups, []string{"sg-aaaaaa11", "sg-bbbbbb22"}) {
+		t.Errorf("request %+v", req)
+	}
+	testCall{env("DEL"), annotated}.run(t, socket, 5*time.Second)
+	if req := <-requests; req.Network != "" || req.SecurityGroups != nil {
+		t.Errorf("request of DEL %+v", req)
 	}
 }
 

@@ -28,6 +28,10 @@ type config struct {
 	Name             string           `json:"name"`
 	PrevResult       *result          `json:"prevResult"`
 	ValidAttachments []cni.Attachment `json:"cni.dev/valid-attachments"`
+	// RuntimeConfig has what the capabilities in the configuration ask the runtime for.
+	RuntimeConfig struct {
+		Annotations map[string]string `json:"io.kubernetes.cri.pod-annotations"`
+	} `json:"runtimeConfig"`
 }
 
 func (c config) check(command string) error {
@@ -86,6 +90,9 @@ func resultFor(version string, r cni.Result, req cni.Request) result {
 		out.IPs = append(out.IPs, ip{Address: r.Addr6, Gateway: r.Gateway6, Interface: &inPod})
 		out.Routes = append(out.Routes, route{Dst: netip.PrefixFrom(netip.IPv6Unspecified(), 0), GW: r.Gateway6})
 	}
+	if r.VethName != "" {
+		out.Interfaces = append(out.Interfaces, interfaceOf{Name: r.VethName, MAC: r.VethMAC, Sandbox: req.NetNS})
+	}
 	switch version {
 	case "0.3.1", "0.4.0":
 		for i, a := range out.IPs {
@@ -95,9 +102,21 @@ func resultFor(version string, r cni.Result, req cni.Request) result {
 			}
 		}
 	case "1.1.0":
-		out.Interfaces[0].MTU, out.Interfaces[1].MTU = r.MTU, r.MTU
+		for i := range out.Interfaces {
+			out.Interfaces[i].MTU = r.MTU
+		}
 	}
 	return out
+}
+
+// asks puts what the pod's annotations ask of its network into the request.
+func asks(annotations map[string]string, req *cni.Request) {
+	req.Network = strings.TrimSpace(annotations[cni.AnnotationNetwork])
+	for id := range strings.SplitSeq(annotations[cni.AnnotationGroups], ",") {
+		if id = strings.TrimSpace(id); id != "" {
+			req.SecurityGroups = append(req.SecurityGroups, id)
+		}
+	}
 }
 
 // args yields the pairs of CNI_ARGS, "K=V;K=V". What is no pair is passed over,

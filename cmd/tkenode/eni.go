@@ -26,7 +26,7 @@ addresses is said first.`,
 var podsCommand = command{
 	name: "pods",
 	help: "the pods that have a VPC address, and how they are wired",
-	long: `One line for every interface of a pod. It is wired; or has no veth while its network is being made or
+	long: `One line for every interface of a pod. It is wired; or has no veth, or no ENI of its own that it should have, while its network is being made or
 repaired; or is dead: its network namespace is gone and the runtime has not said so; or its address is gone:
 the cloud has taken it away. Pods with host networking have the node's address and are not listed.`,
 	flags: func(fs *flag.FlagSet) action { return askENI(fs, renderPods) },
@@ -114,6 +114,9 @@ func renderSlot(t *terminal, st eni.State, e eni.ENIState) {
 	if e.Ready {
 		state, color = "ready", green
 	}
+	if e.Exclusive {
+		state += ", for a pod alone"
+	}
 	t.printf("%s  %s\n", t.paint(bold, fmt.Sprintf("slot %d  %s", e.Number, clean(id))), t.paint(color, state))
 	if e.MAC != "" {
 		device := e.Device
@@ -124,7 +127,7 @@ func renderSlot(t *terminal, st eni.State, e eni.ENIState) {
 		if e.Subnet6.IsValid() {
 			subnet += " " + e.Subnet6.String()
 		}
-		t.block("  ", fmt.Sprintf("%s  %s  %s", device, e.MAC, strings.TrimSpace(subnet)))
+		t.block("  ", fmt.Sprintf("%s  %s  %s", clean(device), e.MAC, strings.TrimSpace(subnet)))
 	}
 	if len(e.SecurityGroups) > 0 {
 		t.block("  ", "security groups "+strings.Join(e.SecurityGroups, ", "))
@@ -156,7 +159,7 @@ func renderSlot(t *terminal, st eni.State, e eni.ENIState) {
 		}
 	}
 	for _, a := range []netip.Addr{e.Primary, e.Primary6} {
-		if a.IsValid() {
+		if a.IsValid() && !e.Exclusive {
 			row(t, fmt.Sprintf("  %sthe ENI's own, no pod's", pad(a.String(), width)))
 		}
 	}

@@ -91,7 +91,7 @@ func Default() Config {
 			{"subnet-node0001", netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("2001:db8:0:1::/64"), "ap-guangzhou-3", netip.MustParseAddr("10.0.0.30")},
 			{"subnet-pods0001", netip.MustParsePrefix("10.0.16.0/20"), netip.MustParsePrefix("2001:db8:0:10::/64"), "ap-guangzhou-3", netip.MustParseAddr("10.0.16.2")},
 		},
-		SecurityGroups: []string{"sg-lab00001"},
+		SecurityGroups: []string{"sg-lab00001", "sg-lab00002"},
 		Images:         []string{"img-lab00001"},
 		Role:           "TKENodeRole",
 		Policy:         tencent.Policy,

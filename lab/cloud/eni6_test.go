@@ -120,7 +120,7 @@ func TestIPv6Life(t *testing.T) {
 		s.await(t, task, err)
 		_, task, err = s.assign6(eni.ID, 0, six("abcd").String())
 		s.await(t, task, err)
-		task, err = s.api.AttachENI(t.Context(), eni.ID, s.instance.ID, "attach")
+		task, err = s.api.AttachENI(t.Context(), eni.ID, s.instance.ID, 0, "attach")
 		s.await(t, task, err)
 		carried(v4[0].Addr, six("3"), six("2"), six("abcd"))
 		time.Sleep(2 * time.Second)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"maps"
 	"net/netip"
+	"slices"
 	"strconv"
 	"testing"
 	"testing/synctest"
@@ -42,7 +43,7 @@ func TestENILife(t *testing.T) {
 		}
 
 		start := time.Now()
-		task, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, "attach")
+		task, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, 0, "attach")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -190,7 +191,7 @@ func TestENICreatedAndNotAttached(t *testing.T) {
 				if again, _, err := l.api.CreateENI(ctx, l.spec("one")); err != nil || again.ID != eni.ID || l.now(eni.ID).Instance != "" {
 					t.Errorf("asked again: %+v, %v", again, err)
 				}
-				task, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, "two")
+				task, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, 0, "two")
 				if l.await(t, task, err); l.machines.holds(eni.ID) != l.instance.ID {
 					t.Error("the NIC is not plugged")
 				}
@@ -230,17 +231,17 @@ func TestENIRefusals(t *testing.T) {
 		refused("unassign what is not there", tencent.CodeNotFound, err)
 		_, err = l.api.UnassignIPs(ctx, eni.ID, []netip.Addr{eni.IPs[0].Addr})
 		refused("unassign the primary", "UnsupportedOperation", err)
-		_, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, "t1")
+		_, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, 0, "t1")
 		refused("attach again", tencent.CodeAttachmentAlreadyExists, err)
 
 		spare, _, task, err := l.create("two", "spare")
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = l.api.AttachENI(ctx, spare, l.instance.ID, "t2")
+		_, err = l.api.AttachENI(ctx, spare, l.instance.ID, 0, "t2")
 		refused("attach while PENDING", "UnsupportedOperation.InvalidState", err)
 		l.await(t, task, nil)
-		_, err = l.api.AttachENI(ctx, spare, "ins-00000000", "t3")
+		_, err = l.api.AttachENI(ctx, spare, "ins-00000000", 0, "t3")
 		refused("attach to no instance", tencent.CodeNotFound, err)
 		_, err = l.api.DetachENI(ctx, spare, l.instance.ID, "d2")
 		refused("detach what is not attached", "UnsupportedOperation.InvalidState", err)
@@ -252,7 +253,7 @@ func TestENIRefusals(t *testing.T) {
 			t.Fatal(err)
 		}
 		for range 2 { // while it is PENDING, and while it is ATTACHING
-			_, err = l.api.AttachENI(ctx, both.ID, l.instance.ID, "t4")
+			_, err = l.api.AttachENI(ctx, both.ID, l.instance.ID, 0, "t4")
 			refused("attach what is being attached", "UnsupportedOperation.InvalidState", err)
 			_, err = l.api.DeleteENI(ctx, both.ID)
 			refused("delete what is being attached", "UnsupportedOperation.InvalidState", err)
@@ -289,18 +290,47 @@ func TestENIQuota(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l, ctx := newLab(t, instant()), t.Context()
 		limit, err := l.api.ENILimit(ctx, l.instance.ID)
-		if err != nil || limit != (tencent.ENILimit{ENIs: 4, IPsPerENI: 10}) {
+		if err != nil || limit != (tencent.ENILimit{ENIs: 4, IPsPerENI: 10, ExtendENIs: 10}) {
 			t.Fatalf("limit %+v, %v", limit, err)
 		}
 		for i := 1; i < limit.ENIs; i++ {
 			l.attached(t, "eni"+strconv.Itoa(i))
 		}
 		eni := l.detached(t)
-		if _, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, "more"); code(err) != "LimitExceeded" {
+		if _, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, 0, "more"); code(err) != "LimitExceeded" {
 			t.Errorf("ENI beyond the quota: %v", err)
 		}
 		if _, _, err = l.api.CreateENI(ctx, l.spec("more")); code(err) != "LimitExceeded" || len(l.Snapshot().ENIs) != 5 {
 			t.Errorf("ENI created beyond the quota: %v", err)
+		}
+		// Extension ENIs have a quota of their own, and one address.
+		spec := l.spec("extension")
+		spec.AttachType = tencent.AttachExtension
+		spec.SecondaryIPs = 1
+		if _, _, err = l.api.CreateENI(ctx, spec); code(err) != "LimitExceeded" {
+			t.Errorf("extension ENI with two addresses: %v", err)
+		}
+		spec.SecondaryIPs, spec.ClientToken = 0, "extension of one"
+		made, _, err := l.api.CreateENI(ctx, spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		enis, err := l.api.DescribeENIs(ctx, l.instance.ID)
+		if i := slices.IndexFunc(enis, func(e tencent.ENI) bool { return e.ID == made.ID }); err != nil || i < 0 || enis[i].AttachType != tencent.AttachExtension {
+			t.Errorf("extension ENI: %+v, %v", enis, err)
+		}
+		for i := 1; i < limit.ExtendENIs; i++ {
+			spec.ClientToken = "extension" + strconv.Itoa(i)
+			if _, _, err = l.api.CreateENI(ctx, spec); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, tencent.AttachExtension, "one more"); code(err) != "LimitExceeded" {
+			t.Errorf("extension ENI beyond the quota: %v", err)
+		}
+		if _, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, 2, "another type"); code(err) != "InvalidParameterValue" {
+			t.Errorf("ENI of type 2: %v", err)
 		}
 	})
 }
@@ -361,7 +391,7 @@ func TestPlugFails(t *testing.T) {
 		l, ctx := newLab(t, instant()), t.Context()
 		eni := l.detached(t)
 		l.machines.fail = errors.New("no slot")
-		task, err := l.api.AttachENI(ctx, eni.ID, l.instance.ID, "a")
+		task, err := l.api.AttachENI(ctx, eni.ID, l.instance.ID, 0, "a")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -373,7 +403,7 @@ func TestPlugFails(t *testing.T) {
 		if l.machines.addrs(eni.ID) != nil {
 			t.Error("the port is still there")
 		}
-		task, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, "b")
+		task, err = l.api.AttachENI(ctx, eni.ID, l.instance.ID, 0, "b")
 		l.await(t, task, err)
 		l.machines.fail = errors.New("guest keeps it")
 		task, err = l.api.DetachENI(ctx, eni.ID, l.instance.ID, "d")
@@ -432,7 +462,7 @@ func TestTaskFaults(t *testing.T) {
 			action string
 			call   func(token string) (string, error)
 		}{
-			{"AttachNetworkInterface", func(token string) (string, error) { return l.api.AttachENI(ctx, eni.ID, l.instance.ID, token) }},
+			{"AttachNetworkInterface", func(token string) (string, error) { return l.api.AttachENI(ctx, eni.ID, l.instance.ID, 0, token) }},
 			{"UnassignPrivateIpAddresses", func(string) (string, error) { return l.api.UnassignIPs(ctx, eni.ID, []netip.Addr{ips[0].Addr}) }},
 			{"DeleteNetworkInterface", func(string) (string, error) { return l.api.DeleteENI(ctx, eni.ID) }},
 		} {

@@ -106,7 +106,7 @@ func TestTerminate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newLab(t, cloud.Default())
 		eni := l.detached(t)
-		if _, err := l.api.AttachENI(t.Context(), eni.ID, l.instance.ID, "a"); err != nil {
+		if _, err := l.api.AttachENI(t.Context(), eni.ID, l.instance.ID, 0, "a"); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Second)

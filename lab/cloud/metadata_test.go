@@ -47,7 +47,7 @@ func TestMetadataFacts(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := node.Facts{
-		InstanceID: l.instance.ID, InstanceType: "S5.MEDIUM4", Region: "ap-guangzhou", Zone: "ap-guangzhou-3", ZoneID: 100003, ENIQuota: 4, IPQuota: 10,
+		InstanceID: l.instance.ID, InstanceType: "S5.MEDIUM4", Region: "ap-guangzhou", Zone: "ap-guangzhou-3", ZoneID: 100003, ENIQuota: 4, IPQuota: 10, ExtendENIQuota: 10,
 		VPCID: "vpc-lab00001", SubnetID: "subnet-node0001", MAC: f.MAC, PrivateIP: l.instance.PrivateIP, Hostname: host, CAMRole: "TKENodeRole",
 	}
 	for _, d := range l.Snapshot().Disks {

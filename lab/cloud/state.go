@@ -63,6 +63,7 @@ type ENI struct {
 	IP6s           []IP `json:",omitempty"` // none is primary
 	Instance       string
 	DeviceIndex    int
+	AttachType     int // 1: an extension ENI
 	Created        time.Time
 	Attached       time.Time
 }

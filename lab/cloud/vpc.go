@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/tkenode/tkenode/agent/tencent"
 )
 
 // What requests may carry; names are the API's.
@@ -211,22 +213,22 @@ func (r *Region) attachNetworkInterface(id string, in *attachENIIn) (any, error)
 	if e.Instance != "" {
 		return nil, refuse("UnsupportedOperation.AttachmentAlreadyExists", "ENI %s is attached to %s", e.ID, e.Instance)
 	}
-	instance, err := r.checkAttach(e, in.InstanceId)
+	instance, err := r.checkAttach(e, in.InstanceId, in.AttachType)
 	if err != nil {
 		return nil, err
 	}
+	e.AttachType = int(in.AttachType)
 	r.attach(id, "AttachNetworkInterface", e, instance)
 	return none{}, nil
 }
 
 // checkAttach says whether an ENI may be attached to an instance. The caller
 // holds mu.
-func (r *Region) checkAttach(e ENI, instanceID string) (Instance, error) {
+func (r *Region) checkAttach(e ENI, instanceID string, attachType uint64) (Instance, error) {
 	instance, ok := r.instances.get(instanceID)
 	if !ok {
 		return instance, refuse("ResourceNotFound", "instance %q is not found", instanceID)
 	}
-	quota := instanceTypes[instance.Type]
 	s, _ := r.subnet(e.Subnet)
 	switch {
 	case instance.State != running:
@@ -235,13 +237,33 @@ func (r *Region) checkAttach(e ENI, instanceID string) (Instance, error) {
 		return instance, refuse("UnsupportedOperation.ZoneMismatch", "ENI %s is in %s, instance %s in %s", e.ID, s.Zone, instanceID, instance.Zone)
 	case len(e.SecurityGroups) == 0:
 		return instance, refuse("UnsupportedOperation", "ENI %s has no security group", e.ID)
-	case len(r.attachedENIs(instanceID)) >= quota.ENIs:
-		return instance, refuse("LimitExceeded", "instance %s has its %d ENIs", instanceID, quota.ENIs)
-	case max(len(e.IPs), len(e.IP6s)) > quota.IPs:
-		return instance, refuse("LimitExceeded", "ENI %s has %d addresses and %d of IPv6, instance %s allows %d",
-			e.ID, len(e.IPs), len(e.IP6s), instanceID, quota.IPs)
 	}
-	return instance, nil
+	return instance, r.checkQuota(instance, attachType, max(len(e.IPs), len(e.IP6s)))
+}
+
+// extendIPs is how many addresses an extension ENI has: its primary one.
+const extendIPs = 1
+
+// checkQuota says whether an instance may have one more ENI with so many addresses.
+// Extension ENIs have a quota of their own. The caller holds mu.
+func (r *Region) checkQuota(instance Instance, attachType uint64, addresses int) error {
+	t := instanceTypes[instance.Type]
+	enis, ips := t.ENIs, t.IPs
+	switch attachType {
+	case 0:
+	case tencent.AttachExtension:
+		enis, ips = t.extendENIs, extendIPs
+	default:
+		return refuse("InvalidParameterValue", "AttachType %d is neither 0 nor 1", attachType)
+	}
+	have := slices.DeleteFunc(r.attachedENIs(instance.ID), func(e ENI) bool { return e.AttachType != int(attachType) })
+	switch {
+	case len(have) >= enis:
+		return refuse("LimitExceeded", "instance %s has its %d ENIs of type %d", instance.ID, enis, attachType)
+	case addresses > ips:
+		return refuse("LimitExceeded", "the ENI has %d addresses of a family, instance %s allows %d", addresses, instance.ID, ips)
+	}
+	return nil
 }
 
 // attach starts to attach an ENI. The caller holds mu.
@@ -270,7 +292,7 @@ func (r *Region) attach(id, action string, e ENI, instance Instance) {
 			e := e.copy()
 			e.Attached = time.Now()
 			if err != nil {
-				e.Instance, e.DeviceIndex, e.Attached = "", 0, time.Time{}
+				e.Instance, e.DeviceIndex, e.AttachType, e.Attached = "", 0, 0, time.Time{}
 			}
 			r.enis.put(e.ID, e)
 			r.settleENI(e.ID)
@@ -289,27 +311,27 @@ func (r *Region) attachedENIs(instance string) []ENI {
 func (r *Region) createAndAttachNetworkInterface(id string, in *createAttachENIIn) (any, error) {
 	if instance, ok := r.instances.get(in.InstanceId); !ok {
 		return nil, refuse("ResourceNotFound", "instance %q is not found", in.InstanceId)
-	} else if quota := instanceTypes[instance.Type].ENIs; len(r.attachedENIs(instance.ID)) >= quota {
-		return nil, refuse("LimitExceeded", "instance %s has its %d ENIs", instance.ID, quota)
+	} else if err := r.checkQuota(instance, in.AttachType, 0); err != nil {
+		return nil, err
 	}
 	e, err := r.newENI(&in.createENIIn)
 	if err != nil {
 		return nil, err
 	}
-	instance, err := r.checkAttach(e, in.InstanceId)
+	instance, err := r.checkAttach(e, in.InstanceId, in.AttachType)
 	if err != nil {
 		r.enis.drop(e.ID)
 		return nil, err
 	}
 	const action = "CreateAndAttachNetworkInterface"
-	e.Instance = instance.ID // whose place is taken
+	e.Instance, e.AttachType = instance.ID, int(in.AttachType) // whose place is taken
 	r.enis.put(e.ID, e)
 	r.begin(id, work{
 		action: action, target: []string{e.ID}, takes: r.config.Delays.Task,
 		done: func(err error) {
 			if err != nil { // it is there nevertheless
 				e := e.copy()
-				e.Instance = ""
+				e.Instance, e.AttachType = "", 0
 				r.enis.put(e.ID, e)
 			}
 			r.settleENI(e.ID)
@@ -346,7 +368,7 @@ func (r *Region) detachNetworkInterface(id string, in *detachENIIn) (any, error)
 			e := e.copy()
 			e.State = available
 			if err == nil {
-				e.Instance, e.DeviceIndex, e.Attached = "", 0, time.Time{}
+				e.Instance, e.DeviceIndex, e.AttachType, e.Attached = "", 0, 0, time.Time{}
 			}
 			r.enis.put(e.ID, e)
 		},

@@ -154,7 +154,7 @@ func (r *Region) describeNetworkInterfaceLimit(_ string, in *struct{ InstanceId 
 	return struct {
 		EniQuantity, EniPrivateIpAddressQuantity             int
 		ExtendEniQuantity, ExtendEniPrivateIpAddressQuantity int
-	}{t.ENIs, t.IPs, t.extendENIs, 1}, nil
+	}{t.ENIs, t.IPs, t.extendENIs, extendIPs}, nil
 }
 
 func (r *Region) describeVpcTaskResult(_ string, in *struct{ TaskId string }) (any, error) {

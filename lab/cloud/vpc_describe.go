@@ -64,7 +64,7 @@ func (r *Region) describe(e ENI) eniOut {
 	out := eniOut{
 		NetworkInterfaceId: e.ID, NetworkInterfaceName: e.Name, NetworkInterfaceDescription: e.Description,
 		SubnetId: e.Subnet, VpcId: r.config.VPCID, GroupSet: e.SecurityGroups, Primary: e.Primary,
-		MacAddress: strings.ToUpper(e.MAC), State: e.State, Zone: s.Zone, CreatedTime: beijing(e.Created), TagSet: e.Tags,
+		MacAddress: strings.ToUpper(e.MAC), State: e.State, Zone: s.Zone, CreatedTime: beijing(e.Created), TagSet: e.Tags, AttachType: e.AttachType,
 	}
 	if e.Primary {
 		out.EniType = 1

@@ -43,7 +43,21 @@ const (
 	CodeDrift               = 101 // CHECK: the pod's network is not as ADD left it
 	CodeNoAgent             = 102 // nobody answers on the socket
 	CodeLedger              = 103 // the ledger cannot be read or written
+	CodeRefused             = 104 // ADD: the NodeConfig does not permit what the pod asks for
 )
+
+// The annotations of TKE by which a pod asks for an ENI of its own, and for its
+// security groups, with commas between.
+// Sources: https://cloud.tencent.com/document/product/457/50360 and
+// https://cloud.tencent.com/document/product/457/80587
+const (
+	AnnotationNetwork = "tke.cloud.tencent.com/networks"
+	AnnotationGroups  = "tke.cloud.tencent.com/pod-security-groups"
+)
+
+// CapabilityAnnotations has containerd hand a pod's annotations over.
+// Source: containerd/v2, internal/cri/annotations, PodAnnotations
+const CapabilityAnnotations = "io.kubernetes.cri.pod-annotations"
 
 // Command is a CNI operation that the agent carries out.
 type Command string
@@ -69,6 +83,9 @@ type Request struct {
 	NetNS        string `json:"netns,omitempty"` // path
 	PodNamespace string `json:"podNamespace,omitempty"`
 	PodName      string `json:"podName,omitempty"`
+	// Network and SecurityGroups are what the pod's annotations ask for, of ADD.
+	Network        string   `json:"network,omitempty"`
+	SecurityGroups []string `json:"securityGroups,omitempty"`
 	// Addrs are the addresses of prevResult, which CHECK compares.
 	Addrs []netip.Addr `json:"addrs,omitempty"`
 	// Valid are the attachments that GC must keep.
@@ -85,12 +102,16 @@ type Response struct {
 type Result struct {
 	HostName string       `json:"hostName"` // the host's end of the veth
 	HostMAC  string       `json:"hostMAC"`
-	MAC      string       `json:"mac"` // the pod's end
+	MAC      string       `json:"mac"` // of the pod's interface
 	Addr     netip.Prefix `json:"addr"`
 	Gateway  netip.Addr   `json:"gateway"`
 	Addr6    netip.Prefix `json:"addr6,omitzero"` // where pods have IPv6 addresses, too
 	Gateway6 netip.Addr   `json:"gateway6,omitzero"`
 	MTU      int          `json:"mtu"`
+	// VethName and VethMAC are of the pod's end of the veth, where the pod's
+	// interface is an ENI.
+	VethName string `json:"vethName,omitempty"`
+	VethMAC  string `json:"vethMAC,omitempty"`
 }
 
 // Error is an error as CNI prints it. Msg is short and stable, Details say what
