@@ -270,12 +270,6 @@ func TestVersionsOfGoMod(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := "localhost/tkenode/kube-proxy:" + v["k8s.io/kubernetes"]; KubeProxy != want {
-		t.Errorf("KubeProxy is %s, want %s", KubeProxy, want)
-	}
-	if want := "localhost/tkenode/coredns:" + v["github.com/coredns/coredns"]; CoreDNS != want {
-		t.Errorf("CoreDNS is %s, want %s", CoreDNS, want)
-	}
 	flags := ldflags(v)
 	for _, want := range []string{
 		"-X k8s.io/component-base/version.gitVersion=" + v["k8s.io/kubernetes"],
