@@ -1,8 +1,8 @@
 // Package agent is the composition root of the daemon: what runs, in which
 // order, and who is told of whom is written here, by hand, on one page.
 //
-// It decides nothing itself. It does not import bootstrap: what containerd and
-// kubelet are told comes in as a function.
+// It decides nothing itself. It does not import bootstrap: what containerd,
+// kubelet and the others are told comes in as a function.
 package agent
 
 import (
@@ -32,7 +32,7 @@ type Options struct {
 	Log     *slog.Logger
 	// Console gets a line for every transition of a condition.
 	Console io.Writer
-	// Files renders what containerd and kubelet read.
+	// Files renders what the units of the node read.
 	Files func(node.Config, node.Facts) ([]node.File, error)
 }
 
@@ -113,6 +113,12 @@ func (a *Agent) keep(ctx context.Context, s node.Sealed, cni net.Listener, colle
 	if len(s.Config.Disks) == 0 {
 		a.board.Set("config", node.DisksReady, node.True, "NoneWanted", "the NodeConfig lists no disks")
 	}
+	if !s.Config.KubeProxy.Enabled {
+		a.board.Set("config", node.ServicesReady, node.True, "NotWanted", "the NodeConfig leaves kube-proxy to the cluster")
+	}
+	if !s.Config.CoreDNS.Enabled {
+		a.board.Set("config", node.DNSReady, node.True, "NotWanted", "the NodeConfig leaves CoreDNS to the cluster")
+	}
 	engine := reconcile.New(a.log, a.board, w.modules...)
 	a.engine.Store(engine)
 	a.network.Store(w.network)
@@ -173,6 +179,12 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 		unit.Kubelet(files, bus),
 		kube.NewReady(apiServer, name),
 	)
+	if s.Config.KubeProxy.Enabled {
+		modules = append(modules, unit.KubeProxy(files, bus))
+	}
+	if s.Config.CoreDNS.Enabled {
+		modules = append(modules, unit.CoreDNS(files, bus, s.Config.LocalDNS(), s.Config.Cluster.Domain))
+	}
 	return &works{modules, network, bus, func() {
 		apiServer.Close()
 		containerd.Close()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -59,12 +60,13 @@ var templateFiles embed.FS
 
 var templates = template.Must(template.New("").Funcs(template.FuncMap{"quote": strconv.Quote}).ParseFS(templateFiles, "templates/*"))
 
-// Render returns every file that containerd and kubelet are started with, in
-// order of their paths. It is pure: the same input gives the same bytes.
+// Render returns every file that containerd, kubelet, and what else the node runs
+// are started with, in order of their paths. It is pure: the same input gives the same bytes.
 func Render(c node.Config, f node.Facts, m Machine) ([]node.File, error) {
 	kubelet, containerd := []string{node.KubeletUnit}, []string{node.ContainerdUnit}
+	kubeProxy, coreDNS := []string{node.KubeProxyUnit}, []string{node.CoreDNSUnit}
 	files := []node.File{
-		{Path: node.CAPath, Mode: 0o644, Units: kubelet, Data: []byte(c.Cluster.CertificateAuthority)},
+		{Path: node.CAPath, Mode: 0o644, Units: identity(c), Data: []byte(c.Cluster.CertificateAuthority)},
 	}
 	var failed error
 	add := func(path string, mode fs.FileMode, units []string, data []byte, err error) {
@@ -78,23 +80,34 @@ func Render(c node.Config, f node.Facts, m Machine) ([]node.File, error) {
 		err := templates.ExecuteTemplate(&b, name, with)
 		return b.Bytes(), err
 	}
-	asYAML := func(path string, mode fs.FileMode, v any) {
+	asYAML := func(path string, mode fs.FileMode, units []string, v any) {
 		data, err := yaml.Marshal(v)
-		add(path, mode, kubelet, data, err)
+		add(path, mode, units, data, err)
 	}
 	fromTemplate := func(path string, units []string, name string, with any) {
 		data, err := text(name, with)
 		add(path, 0o644, units, data, err)
 	}
 
-	asYAML(kubeletConfigPath, 0o644, kubeletConfig(c, f, m))
-	asYAML(node.KubeconfigPath, 0o600, kubeconfig(c))
+	asYAML(kubeletConfigPath, 0o644, kubelet, kubeletConfig(c, f, m))
+	asYAML(node.KubeconfigPath, 0o600, identity(c), kubeconfig(c))
 	fromTemplate(unitPath(node.KubeletUnit), kubelet, "kubelet.service", kubeletUnit(c, f))
 	fromTemplate(unitPath(node.ContainerdUnit), containerd, "containerd.service", struct {
 		Config, Root string
 		OwnDisk      bool
 	}{containerdConfigPath, node.ContainerdRoot, slices.ContainsFunc(c.Disks, func(d node.DiskConfig) bool { return d.MountPoint == node.ContainerdRoot })})
 	fromTemplate(containerdConfigPath, containerd, "config.toml", struct{ Root, Pause, Registries string }{node.ContainerdRoot, node.PauseImage, registriesDir})
+	if c.KubeProxy.Enabled {
+		asYAML(kubeProxyConfigPath, 0o644, kubeProxy, kubeProxyConfig(c, f))
+		fromTemplate(unitPath(node.KubeProxyUnit), kubeProxy, "kube-proxy.service", struct{ Config string }{kubeProxyConfigPath})
+	}
+	if c.CoreDNS.Enabled {
+		fromTemplate(corefilePath, coreDNS, "Corefile", struct {
+			Addrs              []netip.Addr
+			Domain, Kubeconfig string
+		}{c.LocalDNS(), c.Cluster.Domain, node.KubeconfigPath})
+		fromTemplate(unitPath(node.CoreDNSUnit), coreDNS, "coredns.service", struct{ Corefile string }{corefilePath})
+	}
 	for _, r := range c.Containerd.Registries {
 		// containerd reads it at each pull: nothing needs a restart.
 		fromTemplate(filepath.Join(registriesDir, r.Host, "hosts.toml"), nil, "hosts.toml", struct {

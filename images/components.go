@@ -20,7 +20,7 @@ import (
 type component struct {
 	pkg    string // the main package; empty: components/<name>/<name>.c
 	cgo    bool
-	onNode bool // part of the node image; the others run in the lab or in a container image
+	onNode bool // part of the node image; the others run in the lab or in containers
 }
 
 var components = map[string]component{
@@ -28,6 +28,8 @@ var components = map[string]component{
 	"containerd-shim-runc-v2": {pkg: "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2", onNode: true},
 	"ctr":                     {pkg: "github.com/containerd/containerd/v2/cmd/ctr", onNode: true},
 	"kubelet":                 {pkg: "k8s.io/kubernetes/cmd/kubelet", onNode: true},
+	"kube-proxy":              {pkg: "k8s.io/kubernetes/cmd/kube-proxy", onNode: true},
+	"coredns":                 {pkg: "github.com/tkenode/tkenode/images/components/coredns", onNode: true},
 	// The plugins that are chained after ours; rootfs/opt/cni/bin leads to them.
 	"bandwidth": {pkg: "github.com/containernetworking/plugins/plugins/meta/bandwidth", onNode: true},
 	"portmap":   {pkg: "github.com/containernetworking/plugins/plugins/meta/portmap", onNode: true},
@@ -35,9 +37,7 @@ var components = map[string]component{
 	// the filter that RuntimeDefault asks for.
 	"runc": {pkg: "github.com/opencontainers/runc", cgo: true, onNode: true},
 
-	"coredns":    {pkg: "github.com/tkenode/tkenode/images/components/coredns"},
-	"kube-proxy": {pkg: "k8s.io/kubernetes/cmd/kube-proxy"},
-	"pause":      {},
+	"pause": {},
 
 	"etcd":                    {pkg: "go.etcd.io/etcd/server/v3"},
 	"kube-apiserver":          {pkg: "k8s.io/kubernetes/cmd/kube-apiserver"},

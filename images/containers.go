@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -18,12 +17,9 @@ import (
 	"github.com/tkenode/tkenode/agent/node"
 )
 
-// The container images. Their versions are those of go.mod in components/; a test
-// holds them together. The name is ours and no registry's: nothing is pulled.
+// The container images. The name is ours and no registry's: nothing is pulled.
 const (
-	Pause     = node.PauseImage
-	CoreDNS   = "localhost/tkenode/coredns:v1.15.0"
-	KubeProxy = "localhost/tkenode/kube-proxy:v1.36.3"
+	Pause = node.PauseImage
 	// Web is what the lab's pods run: a shell, the usual tools, and a web server on
 	// port 8080 that serves /www.
 	Web = "localhost/tkenode/web:1.0"
@@ -32,7 +28,6 @@ const (
 // containerImage says what is in an image and what it runs.
 type containerImage struct {
 	file      string   // of the archive
-	onNode    bool     // carried by the node image: its import is part of every first boot
 	component string   // the binary at /<component>
 	debian    []string // programs from the node's own file system, with their libraries
 	files     []ociFile
@@ -42,26 +37,15 @@ type containerImage struct {
 // nobody runs what needs no privilege. 65535 is what the upstream images use.
 const nobody = "65535:65535"
 
+// containerImages are carried by the node image: their import is part of every
+// first boot.
 var containerImages = map[string]containerImage{
 	Pause: {
-		file: "pause.tar", onNode: true, component: "pause",
+		file: "pause.tar", component: "pause",
 		config: ociConfig{User: nobody, Entrypoint: []string{"/pause"}},
 	},
-	CoreDNS: {
-		file: "coredns.tar", component: "coredns",
-		config: ociConfig{
-			// It binds port 53, so the pod's security context adds NET_BIND_SERVICE.
-			User: nobody, Entrypoint: []string{"/coredns"}, WorkingDir: "/",
-			ExposedPorts: map[string]struct{}{"53/tcp": {}, "53/udp": {}},
-		},
-	},
-	KubeProxy: {
-		file: "kube-proxy.tar", component: "kube-proxy",
-		debian: []string{"usr/sbin/nft"},
-		config: ociConfig{Entrypoint: []string{"/kube-proxy"}, Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}},
-	},
 	Web: {
-		file: "web.tar", onNode: true, debian: []string{"usr/bin/busybox"},
+		file: "web.tar", debian: []string{"usr/bin/busybox"},
 		files: append(busyboxLinks("sh", "cat", "date", "echo", "env", "hostname", "httpd", "id", "ip", "ls", "mount",
 			"nc", "nslookup", "ping", "ps", "sleep", "stat", "touch", "wget", "dd", "df", "head", "tail", "grep", "sed",
 			"kill", "test", "true", "false", "seq", "md5sum", "sync", "rm", "mkdir", "uname", "vi", "tar"),
@@ -75,13 +59,6 @@ var containerImages = map[string]containerImage{
 			ExposedPorts: map[string]struct{}{"8080/tcp": {}},
 		},
 	},
-}
-
-// nodeImages are the container images that the node image carries.
-func nodeImages() map[string]containerImage {
-	images := maps.Clone(containerImages)
-	maps.DeleteFunc(images, func(_ string, image containerImage) bool { return !image.onNode })
-	return images
 }
 
 func busyboxLinks(names ...string) []ociFile {

@@ -41,7 +41,7 @@ func (b *builder) disk(ctx context.Context, base string) (string, error) {
 			inputs = append(inputs, name, b.key(name))
 		}
 	}
-	for _, ref := range slices.Sorted(maps.Keys(nodeImages())) {
+	for _, ref := range slices.Sorted(maps.Keys(containerImages)) {
 		inputs = append(inputs, ref, b.key(containerStep(ref)))
 	}
 	for _, deb := range b.Debs {
@@ -106,7 +106,7 @@ func (b *builder) stage(ctx context.Context, dir string) error {
 			links["bin/"+name] = filepath.Join(b.binDir(), name)
 		}
 	}
-	for _, image := range nodeImages() {
+	for _, image := range containerImages {
 		links["images/"+image.file] = filepath.Join(b.ociDir(), image.file)
 	}
 	for name, to := range links {
@@ -124,9 +124,11 @@ func (b *builder) stage(ctx context.Context, dir string) error {
 	}
 	data, err := json.MarshalIndent(map[string]any{
 		"containerd": versions["github.com/containerd/containerd/v2"],
+		"coredns":    versions["github.com/coredns/coredns"],
+		"kube-proxy": versions["k8s.io/kubernetes"],
 		"kubelet":    versions["k8s.io/kubernetes"],
 		"runc":       versions["github.com/opencontainers/runc"],
-		"images":     slices.Sorted(maps.Keys(nodeImages())),
+		"images":     slices.Sorted(maps.Keys(containerImages)),
 	}, "", "  ")
 	if err != nil {
 		return err

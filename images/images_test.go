@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -270,12 +271,6 @@ func TestVersionsOfGoMod(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := "localhost/tkenode/kube-proxy:" + v["k8s.io/kubernetes"]; KubeProxy != want {
-		t.Errorf("KubeProxy is %s, want %s", KubeProxy, want)
-	}
-	if want := "localhost/tkenode/coredns:" + v["github.com/coredns/coredns"]; CoreDNS != want {
-		t.Errorf("CoreDNS is %s, want %s", CoreDNS, want)
-	}
 	flags := ldflags(v)
 	for _, want := range []string{
 		"-X k8s.io/component-base/version.gitVersion=" + v["k8s.io/kubernetes"],
@@ -288,6 +283,32 @@ func TestVersionsOfGoMod(t *testing.T) {
 	}
 	if got := prometheusRelease("v0.316.2"); got != "3.16.2" {
 		t.Errorf("release of v0.316.2 is %s", got)
+	}
+}
+
+// TestCoreDNSHasItsPlugins: one that the Corefile of a node names, and CoreDNS was
+// built without, keeps it from starting.
+func TestCoreDNSHasItsPlugins(t *testing.T) {
+	main, err := os.ReadFile("components/coredns/main.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	corefile, err := os.ReadFile("../bootstrap/templates/Corefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := regexp.MustCompile(`(?m)^ {4}([a-z]+)`).FindAllSubmatch(corefile, -1)
+	if len(named) == 0 {
+		t.Error("the Corefile names no plugin")
+	}
+	for _, m := range named {
+		plugin := string(m[1])
+		if plugin == "prometheus" { // the package's name differs
+			plugin = "metrics"
+		}
+		if !strings.Contains(string(main), `_ "github.com/coredns/coredns/plugin/`+plugin+`"`) {
+			t.Errorf("coredns is built without %s", plugin)
+		}
 	}
 }
 

@@ -57,10 +57,9 @@ func (b *builder) seed(ctx context.Context) error {
 	}
 	inputs := []string{recipe, versions["github.com/containerd/containerd/v2"], fmt.Sprint(node.ImageLabels, node.SeedDirs)}
 	var archives []string
-	images := nodeImages()
-	for _, ref := range slices.Sorted(maps.Keys(images)) {
+	for _, ref := range slices.Sorted(maps.Keys(containerImages)) {
 		inputs = append(inputs, ref, b.key(containerStep(ref)))
-		archives = append(archives, filepath.Join(b.ociDir(), images[ref].file))
+		archives = append(archives, filepath.Join(b.ociDir(), containerImages[ref].file))
 	}
 	return b.step(seedStep, b.seedFile(), keyOf(inputs...), func(tmp string) error {
 		return WriteSeed(ctx, tmp, archives...)

@@ -323,7 +323,7 @@ func TestSeedStep(t *testing.T) {
 	b.Source = ".."
 	archives, _ := twoArchives(t)
 	i := 0
-	for ref, image := range nodeImages() {
+	for ref, image := range containerImages {
 		if err := os.MkdirAll(b.ociDir(), 0o755); err != nil {
 			t.Fatal(err)
 		}

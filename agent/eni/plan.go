@@ -413,8 +413,7 @@ func vethOf(key cni.Attachment) (name, hostMAC, podMAC string) {
 	return hostPrefix + digits[:11], "0a:" + tail, "0e:" + tail
 }
 
-// hostPrefix begins the names of the host's ends, as TKE names them.
-const hostPrefix = "eni"
+const hostPrefix = node.PodLinkPrefix
 
 // spells reports whether a link's name and MAC prove it to be a host's end.
 func spells(name, mac string) bool {

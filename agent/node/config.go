@@ -24,6 +24,8 @@ type Config struct {
 	Disks      []DiskConfig     `json:"disks" yaml:"disks"`
 	Kubelet    KubeletConfig    `json:"kubelet" yaml:"kubelet"`
 	Containerd ContainerdConfig `json:"containerd" yaml:"containerd"`
+	KubeProxy  KubeProxyConfig  `json:"kubeProxy,omitzero" yaml:"kubeProxy"`
+	CoreDNS    CoreDNSConfig    `json:"coreDNS,omitzero" yaml:"coreDNS"`
 	Metrics    MetricsConfig    `json:"metrics" yaml:"metrics"`
 	Cloud      CloudConfig      `json:"cloud" yaml:"cloud"`
 }
@@ -176,6 +178,30 @@ type ContainerdConfig struct {
 type Registry struct {
 	Host    string   `json:"host" yaml:"host"` // ccr.ccs.tencentyun.com
 	Mirrors []string `json:"mirrors" yaml:"mirrors"`
+}
+
+// KubeProxyConfig says whether the node runs kube-proxy itself. It demands
+// cluster.serviceCIDR, and a cluster role binding: docs/services.md.
+type KubeProxyConfig struct {
+	Enabled bool `json:"enabled" yaml:"enabled"` // default false: a DaemonSet of the cluster's does, as in TKE
+}
+
+// CoreDNSConfig says whether the node runs a CoreDNS of its own for its pods. It
+// listens on the link-local addresses of cluster.dns, of which it demands one, such
+// as 169.254.20.10, and needs a cluster role binding: docs/services.md.
+type CoreDNSConfig struct {
+	Enabled bool `json:"enabled" yaml:"enabled"` // default false: a Deployment of the cluster's does, as in TKE
+}
+
+// LocalDNS returns the addresses of cluster.dns that the node's own CoreDNS
+// listens on; nil: it has none. The others are Services'.
+func (c Config) LocalDNS() (local []netip.Addr) {
+	for _, a := range c.Cluster.DNS {
+		if c.CoreDNS.Enabled && a.IsLinkLocalUnicast() {
+			local = append(local, a)
+		}
+	}
+	return local
 }
 
 // MetricsConfig says where metrics are pushed. Without an endpoint none are.

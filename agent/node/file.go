@@ -17,7 +17,16 @@ type File struct {
 const (
 	ContainerdUnit = "containerd.service"
 	KubeletUnit    = "kubelet.service"
+	KubeProxyUnit  = "kube-proxy.service"
+	CoreDNSUnit    = "coredns.service"
 )
+
+// KubeProxyHealth is where kube-proxy answers health checks.
+const KubeProxyHealth = "127.0.0.1:10256"
+
+// PodLinkPrefix begins the names of the host's ends of pods' links, as TKE names
+// them: by it kube-proxy tells what comes from a pod of this node.
+const PodLinkPrefix = "eni"
 
 // PauseImage is the sandbox image that every node image carries. Its name leads
 // to no registry on purpose: where the image is missing, pods fail at once and

@@ -21,6 +21,9 @@ const (
 	NodeJoined   ConditionType = "NodeJoined"   // kubelet's client certificate is on disk
 	KubeletReady ConditionType = "KubeletReady" // kubelet runs and answers its health check
 	NodeReady    ConditionType = "NodeReady"    // the API server reports the Node as Ready
+	// The Node is Ready without these two, and they may be another's to provide.
+	ServicesReady ConditionType = "ServicesReady" // kube-proxy runs and answers its health check
+	DNSReady      ConditionType = "DNSReady"      // CoreDNS runs and answers for the cluster's domain
 )
 
 // PoolExhausted warns: no address is left for another pod. The node is Ready all
@@ -34,6 +37,7 @@ const RepairsUndone ConditionType = "RepairsUndone"
 // not True is the one to look at.
 var ConditionTypes = [...]ConditionType{
 	ConfigSealed, DisksReady, RuntimeReady, NetworkReady, NodeJoined, KubeletReady, NodeReady,
+	ServicesReady, DNSReady,
 }
 
 // Status is the state of a condition, spelt as Kubernetes spells it.

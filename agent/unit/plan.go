@@ -3,7 +3,9 @@ package unit
 import (
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -14,8 +16,9 @@ import (
 type want struct {
 	unit   string // containerd.service
 	files  []node.File
-	digest string // of the files that it reads at its start
-	after  string // unit that has to be up before this one is started; may be empty
+	digest string       // of the files that it reads at its start
+	after  string       // unit that has to be up before this one is started; may be empty
+	addrs  []netip.Addr // the node's own, on which the unit listens
 }
 
 // observed is how files and unit are.
@@ -25,6 +28,7 @@ type observed struct {
 	After string          `json:"after,omitempty"` // ActiveState of the unit that has to be up first
 	Probe string          `json:"probe,omitempty"` // what the daemon's probe said; empty: it answers
 	Root  root            `json:"root,omitzero"`   // only of containerd
+	Addrs []netip.Addr    `json:"addrs,omitempty"` // of the loopback device; only where the unit wants some
 }
 
 type file struct {
@@ -67,6 +71,7 @@ const (
 	reload
 	sow
 	tidy
+	address
 	start
 	restart
 )
@@ -75,6 +80,7 @@ type step struct {
 	verb verb
 	text string
 	file node.File
+	addr netip.Addr
 }
 
 // verdict is what decide finds.
@@ -104,6 +110,11 @@ func decide(w want, have observed) verdict {
 	// systemd finds a unit that it has not loaded yet by itself.
 	if s.NeedReload || unitFiles && s.Load != "not-found" {
 		v.add(reload, node.File{}, "reload systemd's units")
+	}
+	for _, a := range w.addrs {
+		if !slices.Contains(have.Addrs, a) {
+			v.steps = append(v.steps, step{verb: address, text: fmt.Sprintf("add address %s to %s", a, loopback), addr: a})
+		}
 	}
 	if have.Root.Left {
 		v.add(tidy, node.File{}, "remove what is left of a seed in %s", have.Root.Path)
@@ -147,7 +158,7 @@ func (v *verdict) sow(r root) {
 }
 
 func (v *verdict) add(do verb, f node.File, format string, args ...any) {
-	v.steps = append(v.steps, step{do, fmt.Sprintf(format, args...), f})
+	v.steps = append(v.steps, step{verb: do, text: fmt.Sprintf(format, args...), file: f})
 }
 
 // wait is for what systemd does by itself; what there is to write comes first.

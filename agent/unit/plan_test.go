@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -36,6 +37,7 @@ func TestPlan(t *testing.T) {
 				Want struct {
 					Unit, Digest, After string
 					Files               map[string]string
+					Addrs               []netip.Addr
 				}
 				Have observed
 			}
@@ -44,7 +46,7 @@ func TestPlan(t *testing.T) {
 			if err := d.Decode(&c); err != nil {
 				t.Fatal(err)
 			}
-			w := want{unit: c.Want.Unit, digest: c.Want.Digest, after: c.Want.After}
+			w := want{unit: c.Want.Unit, digest: c.Want.Digest, after: c.Want.After, addrs: c.Want.Addrs}
 			for _, p := range slices.Sorted(maps.Keys(c.Want.Files)) {
 				w.files = append(w.files, node.File{Path: p, Mode: 0o644, Data: []byte(c.Want.Files[p])})
 			}

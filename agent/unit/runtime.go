@@ -8,11 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -30,7 +28,6 @@ import (
 const (
 	containerdSocket = "/run/containerd/containerd.sock"
 	imagesAgain      = time.Minute // containerd does not tell that an image was removed
-	healthzURL       = "http://127.0.0.1:10248/healthz"
 )
 
 // Runtime is a connection to containerd, made when it is first used.
@@ -92,27 +89,6 @@ func (r *Runtime) Sandboxes(ctx context.Context) (map[string]bool, error) {
 		known[c.ID] = true
 	}
 	return known, nil
-}
-
-// kubeletHealthz asks kubelet whether it is well.
-func kubeletHealthz(ctx context.Context) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, healthzURL, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, 1<<10))
-	if err != nil {
-		return fmt.Errorf("GET %s: %w", healthzURL, err)
-	}
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("GET %s: %s: %s", healthzURL, resp.Status, strings.TrimSpace(string(body)))
-	}
-	return nil
 }
 
 // Images keeps the images of the node image's OCI archives in containerd. It

@@ -14,7 +14,7 @@ import (
 )
 
 // units are those of whose changes systemd tells us.
-var units = []string{node.ContainerdUnit, node.KubeletUnit}
+var units = []string{node.ContainerdUnit, node.KubeletUnit, node.KubeProxyUnit, node.CoreDNSUnit}
 
 // signals passes systemd's signals about units on to who watches them, all from
 // one connection: go-systemd's own subscription drops some of them, or polls.

@@ -66,7 +66,7 @@ func TestStates(t *testing.T) {
 // TestStatesNobodyTellsOf: what may change without a signal is asked for each time.
 func TestStatesNobodyTellsOf(t *testing.T) {
 	for _, c := range []struct{ why, unit, files string }{
-		{"no signals of it are received", "kube-proxy.service", "d1935t"},
+		{"no signals of it are received", "sshd.service", "d1935t"},
 		// Remembered for a second, it would look like a unit that runs with other files.
 		{"its process has yet to be executed", "kubelet.service", ""},
 	} {

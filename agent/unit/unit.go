@@ -1,8 +1,9 @@
-// Package unit keeps containerd and kubelet running as systemd units: the files
-// that they read, their start and restart, whether they answer, and the images
-// that containerd must hold from the start.
+// Package unit keeps containerd and kubelet, and where the node runs them
+// kube-proxy and CoreDNS, running as systemd units: the files that they read,
+// their start and restart, whether they answer, and the images that containerd
+// must hold from the start.
 //
-// systemd is the supervisor: it restarts what exits, and keeps both running
+// systemd is the supervisor: it restarts what exits, and keeps them running
 // while the agent does not. This package never stops a unit, and restarts one
 // only because what it reads has changed.
 package unit
@@ -14,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -70,9 +72,30 @@ func Containerd(files []node.File, bus Bus, rt *Runtime, seedFile string) *Unit 
 func Kubelet(files []node.File, bus Bus) *Unit {
 	u := &Unit{
 		want: wanted(node.KubeletUnit, files), cond: node.KubeletReady,
-		needs: []node.ConditionType{node.DisksReady, node.NodeJoined}, probe: kubeletHealthz, bus: bus,
+		needs: []node.ConditionType{node.DisksReady, node.NodeJoined}, probe: healthy(kubeletHealth), bus: bus,
 	}
 	u.after = node.ContainerdUnit
+	return u
+}
+
+// KubeProxy returns the module of kube-proxy.service. It comes after kubelet, which
+// registers the Node that kube-proxy looks for, and not after NodeReady: what makes
+// the node Ready may be a pod that needs a Service.
+func KubeProxy(files []node.File, bus Bus) *Unit {
+	return &Unit{
+		want: wanted(node.KubeProxyUnit, files), cond: node.ServicesReady,
+		needs: []node.ConditionType{node.KubeletReady}, probe: healthy(kubeProxyHealth), bus: bus,
+	}
+}
+
+// CoreDNS returns the module of coredns.service, which answers at addrs for the
+// names below domain. Like kube-proxy it comes after kubelet.
+func CoreDNS(files []node.File, bus Bus, addrs []netip.Addr, domain string) *Unit {
+	u := &Unit{
+		want: wanted(node.CoreDNSUnit, files), cond: node.DNSReady,
+		needs: []node.ConditionType{node.KubeletReady}, probe: resolves(addrs, domain), bus: bus,
+	}
+	u.addrs = addrs
 	return u
 }
 
@@ -111,7 +134,7 @@ func digest(files []node.File) string {
 	return hex.EncodeToString(h.Sum(nil)[:16])
 }
 
-// Name returns "unit/containerd" or "unit/kubelet".
+// Name returns "unit/containerd", "unit/kubelet", and so on.
 func (u *Unit) Name() string { return "unit/" + strings.TrimSuffix(u.unit, ".service") }
 
 // Condition returns the condition that the unit serves.
@@ -170,6 +193,11 @@ func (u *Unit) observe(ctx context.Context) (observed, error) {
 		}
 		have.After = dep.Active
 	}
+	if len(u.addrs) > 0 {
+		if have.Addrs, err = loopbackAddrs(); err != nil {
+			return have, err
+		}
+	}
 	// While containerd runs, its root may be on a disk that hangs, and is containerd's.
 	if u.seed != nil && !have.Unit.running() {
 		if have.Root, err = u.seed.observe(); err != nil {
@@ -201,6 +229,8 @@ func (u *Unit) do(ctx context.Context, s step) error {
 		return u.sow(ctx)
 	case tidy:
 		return u.seed.clear()
+	case address:
+		return addLoopbackAddr(ctx, s.addr)
 	case start:
 		return u.explain(ctx, u.bus.Start(ctx, u.unit))
 	default:

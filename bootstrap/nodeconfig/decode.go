@@ -231,6 +231,12 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, path string) {
 		} else {
 			v.SetString(n.Value)
 		}
+	case reflect.Bool:
+		if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!bool" {
+			d.problem(n.Line, path, "found %s, expected true or false", found(n))
+		} else {
+			v.SetBool(n.Value[0] == 't' || n.Value[0] == 'T')
+		}
 	case reflect.Int:
 		i, err := strconv.ParseInt(n.Value, 10, 32)
 		switch {

@@ -49,6 +49,7 @@ func (v *validator) config(c *node.Config) {
 	v.disks(c.Disks)
 	v.kubelet(&c.Kubelet)
 	v.registries(c.Containerd.Registries)
+	v.services(c)
 	v.metrics(&c.Metrics)
 	v.domain("cloud.apiDomain", c.Cloud.APIDomain)
 	if c.Cloud.CertificateAuthority != "" {
@@ -387,6 +388,28 @@ func (v *validator) registries(rs []node.Registry) {
 			if slices.Index(r.Mirrors, m) < j { // containerd refuses the file
 				v.problem(index(at+".mirrors", j), "%s is there twice; keep one", quote(redactURL(m)))
 			}
+		}
+	}
+}
+
+// services checks what the node runs for the cluster's Services.
+func (v *validator) services(c *node.Config) {
+	if c.KubeProxy.Enabled && !c.Cluster.ServiceCIDR.IsValid() && !v.skip("cluster.serviceCIDR") {
+		v.problem("kubeProxy.enabled", "demands cluster.serviceCIDR; write it, such as 172.16.0.0/20, or leave kube-proxy to a DaemonSet")
+	}
+	if !c.CoreDNS.Enabled || v.skip("cluster.dns") {
+		return
+	}
+	// An address of the Service range is no alternative: pods would reach the Service
+	// of that address, if there is one, and of what the node itself sends to one that
+	// is no Service's kube-proxy drops everything.
+	// Source: https://github.com/kubernetes/kubernetes/blob/v1.36.3/pkg/proxy/nftables/proxier.go (cluster-ips-check)
+	if len(c.LocalDNS()) == 0 {
+		v.problem("coreDNS.enabled", "cluster.dns has no link-local address for it to listen on; write 169.254.20.10 as the first of cluster.dns, or leave CoreDNS to a Deployment")
+	}
+	for i, a := range c.Cluster.DNS {
+		if a.Is6() && a.IsLinkLocalUnicast() {
+			v.problem(index("cluster.dns", i), "found %s, expected an IPv4 address, such as 169.254.20.10, for CoreDNS to listen on", a)
 		}
 	}
 }

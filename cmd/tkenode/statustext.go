@@ -22,6 +22,9 @@ var look = map[node.ConditionType][]string{
 	node.NodeJoined:   {"journalctl -b -u tkenode-bootstrap", "kubectl get csr (where you have a kubeconfig)"},
 	node.KubeletReady: {"systemctl status kubelet", "journalctl -b -u kubelet -n 50"},
 	node.NodeReady:    {"journalctl -b -u kubelet -n 50", "kubectl describe node (where you have a kubeconfig)"},
+
+	node.ServicesReady: {"systemctl status kube-proxy", "journalctl -b -u kube-proxy -n 50"},
+	node.DNSReady:      {"systemctl status coredns", "journalctl -b -u coredns -n 50"},
 }
 
 // verdict is the first line: one sentence, the whole truth in short. Without age
@@ -147,7 +150,7 @@ func try(st api.Status, in reconcile.InstanceStatus) string {
 }
 
 func renderConditions(t *terminal, st api.Status) {
-	t.printf("%s\n", t.paint(faint, pad("CONDITION", 14)+pad("STATUS", 9)+pad("FOR", 8)+"REASON"))
+	t.printf("%s\n", t.paint(faint, pad("CONDITION", 15)+pad("STATUS", 9)+pad("FOR", 8)+"REASON"))
 	for _, c := range st.Conditions {
 		color, reason := red, c.Reason
 		switch {
@@ -160,7 +163,7 @@ func renderConditions(t *terminal, st api.Status) {
 		if !c.Since.IsZero() {
 			age = span(st.Now.Sub(c.Since))
 		}
-		row(t, pad(string(c.Type), 14)+t.paint(color, pad(string(c.Status), 9))+pad(age, 8)+cut(reason, t.width-31))
+		row(t, pad(string(c.Type), 15)+t.paint(color, pad(string(c.Status), 9))+pad(age, 8)+cut(reason, t.width-32))
 	}
 	t.printf("\n")
 }

@@ -78,15 +78,15 @@ func TestStatusText(t *testing.T) {
 		Since: ago(2 * time.Second),
 	}, blocked)
 
-	lost := launch(7, notBlank, converged)
+	lost := launch(len(node.ConditionTypes), notBlank, converged)
 	lost.Conditions[1].Status, lost.Conditions[1].Since = node.False, ago(time.Minute)
 	lost.Unmet = &lost.Conditions[1]
 
-	exhausted := launch(7, converged)
+	exhausted := launch(len(node.ConditionTypes), converged)
 	exhausted.Warnings = []node.Condition{{Type: node.PoolExhausted, Status: node.True, Since: ago(2 * time.Minute),
 		Message: "no free VPC address: 8 of 8 addresses in use; SubnetFull: subnet-pods0001 has no address left"}}
 
-	undone := launch(7, converged)
+	undone := launch(len(node.ConditionTypes), converged)
 	undone.Warnings = []node.Condition{{Type: node.RepairsUndone, Status: node.True, Since: ago(2 * time.Minute),
 		Message: "rule 512 from all lookup 4000 had to be made 17 times since 2026-01-02T03:02:05Z, undone by systemd-network (pid 812)"}}
 
@@ -95,8 +95,14 @@ func TestStatusText(t *testing.T) {
 		Message: "label \x1b[2J\x1b]0;owned\x07 \u202etxt\nsecond line", Since: ago(time.Second),
 	})
 
+	noDNS := launch(8, reconcile.InstanceStatus{
+		Name: "unit/coredns", Condition: node.DNSReady, State: reconcile.Failed, Reason: "NotAnswering", Class: "transient", NextTry: now.Add(9 * time.Second),
+		Message: "coredns.service has run for 3m12s and does not answer: ask 169.254.20.10: lookup kubernetes.default.svc.cluster.local.: server misbehaving",
+		Since:   ago(2 * time.Minute),
+	})
+
 	for name, st := range map[string]api.Status{
-		"ready":        launch(7, converged),
+		"ready":        launch(len(node.ConditionTypes), converged),
 		"not-blank":    launch(1, notBlank, blocked, converged),
 		"applying":     applying,
 		"unsealed":     unsealed,
@@ -105,6 +111,7 @@ func TestStatusText(t *testing.T) {
 		"undone":       undone,
 		"hostile":      hostile,
 		"node-unready": launch(6, converged),
+		"no-dns":       noDNS,
 	} {
 		t.Run(name, func(t *testing.T) {
 			var b bytes.Buffer

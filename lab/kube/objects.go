@@ -14,20 +14,35 @@ import (
 	"github.com/tkenode/tkenode/agent/node"
 )
 
-const bootstrappers = "system:bootstrappers"
+const (
+	bootstrappers = "system:bootstrappers"
+	nodeDNS       = "tke:node-dns"
+)
 
-// bindRoles lets nodes join and lets the API server ask kubelets, as the
-// installers of clusters do.
-// Source: https://kubernetes.io/docs/reference/access-authn-authz/kubelet-tls-bootstrapping/
+// bindRoles lets nodes join, lets the API server ask kubelets, and lets nodes run
+// kube-proxy and CoreDNS, as the installers of clusters do.
+// Source: https://kubernetes.io/docs/reference/access-authn-authz/kubelet-tls-bootstrapping/, docs/services.md
 func (c *Cluster) bindRoles(ctx context.Context) error {
+	const group = "rbac.authorization.k8s.io"
+	err := c.Apply(ctx, "/apis/"+group+"/v1/clusterroles/"+nodeDNS, map[string]any{
+		"apiVersion": group + "/v1", "kind": "ClusterRole", "metadata": map[string]any{"name": nodeDNS},
+		"rules": []any{
+			map[string]any{"apiGroups": []string{""}, "resources": []string{"services", "namespaces"}, "verbs": []string{"list", "watch"}},
+			map[string]any{"apiGroups": []string{"discovery.k8s.io"}, "resources": []string{"endpointslices"}, "verbs": []string{"list", "watch"}},
+		},
+	})
+	if err != nil {
+		return err
+	}
 	const csr = "system:certificates.k8s.io:certificatesigningrequests:"
 	for _, b := range []struct{ name, role, kind, subject string }{
 		{"tke:node-bootstrapper", "system:node-bootstrapper", "Group", bootstrappers},
 		{"tke:approve-node-client", csr + "nodeclient", "Group", bootstrappers},
 		{"tke:approve-node-renewal", csr + "selfnodeclient", "Group", "system:nodes"},
 		{"tke:kubelet-api", "system:kubelet-api-admin", "User", kubeletClient},
+		{"tke:node-proxier", "system:node-proxier", "Group", "system:nodes"},
+		{nodeDNS, nodeDNS, "Group", "system:nodes"},
 	} {
-		const group = "rbac.authorization.k8s.io"
 		err := c.Apply(ctx, "/apis/"+group+"/v1/clusterrolebindings/"+b.name, map[string]any{
 			"apiVersion": group + "/v1", "kind": "ClusterRoleBinding", "metadata": map[string]any{"name": b.name},
 			"roleRef":  map[string]any{"apiGroup": group, "kind": "ClusterRole", "name": b.role},
@@ -156,6 +171,11 @@ type Pod struct {
 	Image   string
 	Command []string
 	Node    string // empty: where the scheduler puts it
+
+	Labels      map[string]string
+	HostNetwork bool
+	Port        int // that HostPort leads to
+	HostPort    int // of the node; 0: none
 }
 
 // PodStatus is what the lab looks at in a Pod.
@@ -182,17 +202,19 @@ func (c *Cluster) RunPod(ctx context.Context, p Pod) error {
 	if err := c.waitServiceAccount(ctx); err != nil {
 		return fmt.Errorf("run pod %s: %w", p.Name, err)
 	}
-	spec := map[string]any{
-		"containers": []any{map[string]any{
-			"name": "main", "image": p.Image, "command": p.Command, "imagePullPolicy": "Never",
-		}},
-		"terminationGracePeriodSeconds": 1,
+	container := map[string]any{"name": "main", "image": p.Image, "command": p.Command, "imagePullPolicy": "Never"}
+	if p.HostPort != 0 {
+		container["ports"] = []any{map[string]any{"containerPort": p.Port, "hostPort": p.HostPort}}
+	}
+	spec := map[string]any{"containers": []any{container}, "terminationGracePeriodSeconds": 1}
+	if p.HostNetwork {
+		spec["hostNetwork"], spec["dnsPolicy"] = true, "ClusterFirstWithHostNet"
 	}
 	if p.Node != "" {
 		spec["nodeName"] = p.Node
 	}
 	err := c.Do(ctx, http.MethodPost, pods, map[string]any{
-		"apiVersion": "v1", "kind": "Pod", "metadata": map[string]any{"name": p.Name}, "spec": spec,
+		"apiVersion": "v1", "kind": "Pod", "metadata": map[string]any{"name": p.Name, "labels": p.Labels}, "spec": spec,
 	}, nil)
 	if err != nil {
 		return fmt.Errorf("run pod %s: %w", p.Name, err)
@@ -279,4 +301,37 @@ func (c *Cluster) DeletePod(ctx context.Context, name string) error {
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
+}
+
+// Service is a Service of the namespace default, with one TCP port.
+type Service struct {
+	Name     string
+	Selector map[string]string // of the pods' labels
+	Port     int               // of the Service
+	Target   int               // of the pods
+}
+
+// Expose creates a Service that has a NodePort, and returns the addresses that the
+// cluster gave it.
+func (c *Cluster) Expose(ctx context.Context, s Service) (ip netip.Addr, nodePort int, err error) {
+	var made struct {
+		Spec struct {
+			ClusterIP netip.Addr
+			Ports     []struct{ NodePort int }
+		}
+	}
+	err = c.Do(ctx, http.MethodPost, "/api/v1/namespaces/default/services", map[string]any{
+		"apiVersion": "v1", "kind": "Service", "metadata": map[string]any{"name": s.Name},
+		"spec": map[string]any{
+			"type": "NodePort", "selector": s.Selector,
+			"ports": []any{map[string]any{"port": s.Port, "targetPort": s.Target}},
+		},
+	}, &made)
+	if err == nil && len(made.Spec.Ports) != 1 {
+		err = fmt.Errorf("it has %d ports", len(made.Spec.Ports))
+	}
+	if err != nil {
+		return netip.Addr{}, 0, fmt.Errorf("create service %s: %w", s.Name, err)
+	}
+	return made.Spec.ClusterIP, made.Spec.Ports[0].NodePort, nil
 }

@@ -256,6 +256,9 @@ var follows = map[node.ConditionType][]node.ConditionType{
 	node.NodeJoined:   {node.ConfigSealed},
 	node.KubeletReady: {node.RuntimeReady, node.NodeJoined},
 	node.NodeReady:    {node.KubeletReady, node.NetworkReady},
+
+	node.ServicesReady: {node.KubeletReady},
+	node.DNSReady:      {node.KubeletReady},
 }
 
 // launch returns the picture of a node's boot: from the start of its kernel until

@@ -1,0 +1,76 @@
+package unit
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/tkenode/tkenode/agent/node"
+)
+
+func TestHealthy(t *testing.T) {
+	code := http.StatusOK
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(code)
+		w.Write([]byte(`{"healthy": false}` + "\n"))
+	}))
+	probe := healthy(s.URL + "/livez")
+	if err := probe(t.Context()); err != nil {
+		t.Error(err)
+	}
+	code = http.StatusServiceUnavailable
+	if err := probe(t.Context()); err == nil || !strings.HasSuffix(err.Error(), `/livez: 503 Service Unavailable: {"healthy": false}`) {
+		t.Errorf("unhealthy: %v", err)
+	}
+	s.Close()
+	if err := probe(t.Context()); err == nil {
+		t.Error("nobody listens, and no error")
+	}
+}
+
+func TestLoopbackAddrs(t *testing.T) {
+	addrs, err := loopbackAddrs()
+	if err != nil || !slices.Contains(addrs, netip.MustParseAddr("127.0.0.1")) {
+		t.Errorf("%v, %v", addrs, err)
+	}
+}
+
+// TestNobodyResolves: the probe asks the address itself, not the machine's resolver,
+// which may know the name.
+func TestNobodyResolves(t *testing.T) {
+	err := resolves([]netip.Addr{netip.MustParseAddr("127.0.0.77")}, "cluster.local")(t.Context())
+	if err == nil || !strings.HasPrefix(err.Error(), "ask 127.0.0.77: lookup kubernetes.default.svc.cluster.local.") {
+		t.Errorf("nobody listens: %v", err)
+	}
+}
+
+// TestServices: each keeps its own files, and waits for kubelet alone.
+func TestServices(t *testing.T) {
+	m := newMachine(t)
+	all := []node.File{
+		{Path: "/etc/kubernetes/ca.crt", Mode: 0o644, Data: []byte("ca"), Units: []string{node.KubeletUnit, node.KubeProxyUnit, node.CoreDNSUnit}},
+		{Path: "/etc/kubernetes/kube-proxy.yaml", Mode: 0o644, Data: []byte("mode: nftables\n"), Units: []string{node.KubeProxyUnit}},
+		{Path: "/etc/kubernetes/Corefile", Mode: 0o644, Data: []byte(".:53 {}\n"), Units: []string{node.CoreDNSUnit}},
+		{Path: "/etc/systemd/system/kube-proxy.service", Mode: 0o644, Data: []byte("[Service]\n"), Units: []string{node.KubeProxyUnit}},
+		{Path: "/etc/systemd/system/coredns.service", Mode: 0o644, Data: []byte("[Service]\n"), Units: []string{node.CoreDNSUnit}},
+	}
+	// An address that every machine has, since this one's must not be changed.
+	dns := CoreDNS(all, m, []netip.Addr{netip.MustParseAddr("127.0.0.1")}, "cluster.local")
+	for u, files := range map[*Unit]string{KubeProxy(all, m): "ca.crt kube-proxy.yaml", dns: "ca.crt Corefile"} {
+		if n := u.Needs(); len(n) != 1 || n[0] != node.KubeletReady {
+			t.Errorf("%s needs %v", u.Name(), n)
+		}
+		for name := range strings.FieldsSeq(files) {
+			if !slices.ContainsFunc(u.files, func(f node.File) bool { return strings.HasSuffix(f.Path, "/"+name) }) {
+				t.Errorf("%s does not keep %s", u.Name(), name)
+			}
+		}
+		converge(t, on(m, u))
+		if got, want := m.take(), "start "+u.unit; got != want {
+			t.Errorf("%s: %s, want %s", u.Name(), got, want)
+		}
+	}
+}
