@@ -49,6 +49,7 @@ type NodeConfigValues struct {
 	CloudCA          string // PEM
 	SubnetIDs        []string
 	SecurityGroupIDs []string
+	PodGroupIDs      []string // security groups that pods may choose
 }
 
 // NodeConfigValues returns the values with which a CVM becomes a node, with a
@@ -67,7 +68,8 @@ func (l *Lab) NodeConfigValues(ctx context.Context) (NodeConfigValues, error) {
 		APIDomain:        config.Domain,
 		CloudCA:          l.ca.pem,
 		SubnetIDs:        []string{config.Subnets[1].ID},
-		SecurityGroupIDs: config.SecurityGroups,
+		SecurityGroupIDs: config.SecurityGroups[:1],
+		PodGroupIDs:      config.SecurityGroups[1:],
 	}, nil
 }
 

@@ -12,13 +12,16 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/tkenode/tkenode/agent/eni/cni"
 	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/images"
+	"github.com/tkenode/tkenode/lab/cloud"
 	"github.com/tkenode/tkenode/lab/kube"
 	"github.com/tkenode/tkenode/lab/vpc"
 )
@@ -43,6 +46,7 @@ type network struct {
 	service  service
 	single   [2]service
 	hostPods [2]string // with the network of their node
+	alone    Web       // a pod of the first node that has an ENI of its own
 }
 
 type service struct {
@@ -106,6 +110,10 @@ func (n *network) populate() {
 		n.hostPods[i] = fmt.Sprintf("host-%d", i)
 		run(kube.Pod{Name: n.hostPods[i], Node: c.Name(), HostNetwork: true})
 	}
+	n.alone.Name = "alone"
+	run(kube.Pod{Name: n.alone.Name, Node: n.nodes[0].Name(), Annotations: map[string]string{
+		cni.AnnotationNetwork: "tke-direct-eni", cni.AnnotationGroups: cloud.Default().SecurityGroups[1],
+	}})
 	run(kube.Pod{Name: "ported", Node: n.nodes[0].Name(), Port: webPort, HostPort: hostPort})
 	n.service = n.expose(ctx, "web", map[string]string{"app": "web"})
 	for i := range n.nodes {
@@ -116,6 +124,7 @@ func (n *network) populate() {
 		n.single[i] = n.expose(ctx, fmt.Sprintf("web-%d", i), map[string]string{"on": strconv.Itoa(i)})
 	}
 	wait("ported")
+	n.alone.IP = wait(n.alone.Name)
 }
 
 func (n *network) expose(ctx context.Context, name string, selector map[string]string) service {
@@ -166,8 +175,40 @@ func (n *network) ways() {
 			n.way(i, pod+" resolves a name of the VPC", func() error { return n.exec(pod, "nslookup", "metadata.tencentyun.com") })
 		}
 	}
+	n.aloneWays()
 	n.way(0, "pod to hostPort", func() error { return n.get(n.pods[1][1].Name, n.nodes[0].IP, hostPort) })
 	n.way(0, "VPC to hostPort", func() error { return n.fetchFrom(ProbeAddr, n.nodes[0].IP, hostPort) })
+}
+
+// aloneWays tries the ways of a pod that has an ENI of its own.
+func (n *network) aloneWays() {
+	alone := n.alone
+	n.t.Run("alone has the ENI and the security group that it asks for", func(t *testing.T) {
+		groups := cloud.Default().SecurityGroups[1:2]
+		for _, e := range n.Region.Snapshot().ENIs {
+			if e.IPs[0].Addr == alone.IP {
+				if e.Instance != n.nodes[0].ID || !slices.Equal(e.SecurityGroups, groups) {
+					t.Errorf("its ENI: %+v", e)
+				}
+				return
+			}
+		}
+		t.Errorf("no ENI has its address, %s", alone.IP)
+	})
+	n.way(0, "VPC to alone", func() error { return n.fetchFrom(ProbeAddr, alone.IP, webPort) })
+	n.way(0, "host to alone", func() error { return n.get(n.hostPods[0], alone.IP, webPort) })
+	for i := range n.nodes {
+		n.way(i, "pod to alone", func() error { return n.get(n.pods[i][1].Name, alone.IP, webPort) })
+		n.way(i, "alone to pod", func() error { return n.get(alone.Name, n.pods[i][0].IP, webPort) })
+		n.way(i, "alone to Service of a pod", func() error { return n.get(alone.Name, n.single[i].ip, 80) })
+	}
+	n.way(0, "alone to Service by name", func() error { return n.exec(alone.Name, "wget", "-qO-", "-T5", "http://web/") })
+	n.t.Run("alone is explained", func(t *testing.T) {
+		out := n.mustRun(t, n.nodes[0], "tkenode explain pod default/alone || true")
+		if strings.Contains(out, "!!") || !strings.Contains(out, alone.IP.String()) {
+			t.Errorf("explained:\n%s", out)
+		}
+	})
 }
 
 // way is one subtest. A Service's rules, and the answer of DNS about it, may be some
@@ -276,6 +317,7 @@ func (n *network) adversary() {
 		"ip rule flush && ip rule add priority 32766 table main",
 		"ip route flush table main proto tkenode; for t in $(ip rule | sed -n 's/.*lookup \\([0-9]*\\)$/\\1/p' | sort -u); do ip route flush table $t; done",
 		"nft flush ruleset",
+		"ip link set eth1 address 02:00:00:00:00:99",
 		"sysctl -q -w net.ipv4.conf.all.rp_filter=1 $(cd /proc/sys/net/ipv4/conf && ls -d eth* eni* | sed 's/.*/net.ipv4.conf.&.rp_filter=1/')",
 	} {
 		n.t.Run(act, func(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -20,7 +21,7 @@ import (
 func eniLink(links []netlink.Link, mac string) netlink.Link {
 	i := slices.IndexFunc(links, func(l netlink.Link) bool {
 		a := l.Attrs()
-		return l.Type() != "veth" && a.ParentIndex == 0 && a.HardwareAddr.String() == mac
+		return l.Type() != "veth" && a.ParentIndex == 0 && macOf(l) == mac
 	})
 	if i < 0 {
 		return nil
@@ -72,15 +73,30 @@ func (o podENI) put(k *kernel) error {
 			return err
 		}
 	}
-	// The VPC would drop, and count, what IPv6 says in the name of an address it does
-	// not know. The setting does not come along with the link.
-	if err := pod.within(func() error { return sysctl{ipv6Of(o.pod), "1"}.put(k) }); err != nil {
+	// Settings do not come along with the link.
+	err = pod.within(func() error {
+		for _, s := range eniSettings(o.pod) {
+			if err := s.put(k); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
 		return err
 	}
 	return pod.nl.LinkSetUp(l)
 }
 
-func ipv6Of(p Pod) string { return "net/ipv6/conf/" + p.IfName + "/disable_ipv6" }
+// eniSettings are the sysctls of an ENI in a pod. The VPC would drop, and count, what
+// IPv6 says in the name of an address it does not know. What comes to a NodePort or
+// hostPort comes by the ENI in the node's name, and is answered by the veth.
+func eniSettings(p Pod) []sysctl {
+	return []sysctl{
+		{"net/ipv6/conf/" + p.IfName + "/disable_ipv6", "1"},
+		{"net/ipv4/conf/" + p.IfName + "/rp_filter", "2"},
+	}
+}
 
 // moveIn moves the ENI's link from the node into the pod.
 func (k *kernel) moveIn(pod *podKernel, mac string) (netlink.Link, error) {
@@ -236,11 +252,18 @@ func (p *Paths) settleWhole(s state, sc scene, converged bool) {
 func (p *Paths) wholeSlots() map[int]int { return *p.whole.Load() }
 
 func (o wholeRoute) put(k *kernel) error {
+	if o.barred {
+		pod, err := k.enter(o.pod.NetNS)
+		if err != nil {
+			return err
+		}
+		return pod.nl.RouteReplace(&netlink.Route{Family: netlink.FAMILY_V4, Type: unix.RTN_UNREACHABLE, Priority: lastMetric, Dst: netOf(o.dst)})
+	}
 	dev := o.pod
 	r := netlink.Route{Family: netlink.FAMILY_V4, Src: o.pod.Addr.AsSlice(), Gw: podGateway.AsSlice(), Dst: prefixOf(netip.Addr{}, false)}
 	if o.dst.IsValid() {
 		dev = o.pod.leg()
-		r.Dst = &net.IPNet{IP: o.dst.Addr().AsSlice(), Mask: net.CIDRMask(o.dst.Bits(), 32)}
+		r.Dst = netOf(o.dst)
 	} else {
 		r.Gw, r.Flags = o.pod.Gateway.AsSlice(), int(netlink.FLAG_ONLINK)
 	}
@@ -250,6 +273,10 @@ func (o wholeRoute) put(k *kernel) error {
 	}
 	r.LinkIndex = l.Attrs().Index
 	return pod.nl.RouteReplace(&r)
+}
+
+func netOf(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
 // observeInside returns what is inside of a pod.
@@ -299,19 +326,26 @@ func (k *kernel) observeInside(p Pod) ([]object, error) {
 
 func (k *podKernel) observeENI(p Pod, l netlink.Link) ([]object, error) {
 	a := l.Attrs()
-	six := false
+	var other []string
 	err := k.within(func() error {
-		text, err := os.ReadFile("/proc/sys/" + ipv6Of(p))
-		six = err == nil && strings.TrimSpace(string(text)) == "0"
-		if os.IsNotExist(err) {
-			return nil // this kernel has none, or the link another name
+		for _, want := range eniSettings(p) {
+			text, err := os.ReadFile("/proc/sys/" + want.path)
+			if os.IsNotExist(err) {
+				continue // this kernel has no IPv6, or the link another name
+			}
+			if err != nil {
+				return err
+			}
+			if value := strings.TrimSpace(string(text)); value != want.value {
+				other = append(other, filepath.Base(want.path)+"="+value)
+			}
 		}
-		return err
+		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	have := []object{podENI{pod: p, found: podENIAttr(a.Name, a.Flags&net.FlagUp == 0, six)}}
+	have := []object{podENI{pod: p, found: podENIAttr(a.Name, a.Flags&net.FlagUp == 0, other)}}
 	addrs, err := dump(func() ([]netlink.Addr, error) { return k.nl.AddrList(l, netlink.FAMILY_V4) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses of %s: %w", p, err)
@@ -330,6 +364,10 @@ func wholeRouteOf(p Pod, r netlink.Route, names map[int]string) wholeRoute {
 		if bits, _ := r.Dst.Mask.Size(); bits != 0 {
 			o.dst = netip.PrefixFrom(addrOf(r.Dst.IP), bits)
 		}
+	}
+	if r.Type == unix.RTN_UNREACHABLE && r.Priority == lastMetric {
+		o.barred = true
+		return o
 	}
 	gateway, dev, flags := podGateway, podVeth, 0
 	if !o.dst.IsValid() {

@@ -91,7 +91,8 @@ func (pol policy) wholeObjects(p Pod, mac, hostMAC string) []object {
 	for _, to := range pol.services {
 		out = append(out, wholeRoute{pod: p, dst: to})
 	}
-	return out
+	// A process may bind its socket to a device, and so pass a route by another one.
+	return append(out, wholeRoute{pod: p, dst: linkLocalRange, barred: true})
 }
 
 // leg is the pod as its veth has it.
@@ -135,29 +136,33 @@ func (o podENI) attr() string {
 	if o.found != "" {
 		return o.found
 	}
-	return podENIAttr(o.pod.IfName, false, false)
+	return podENIAttr(o.pod.IfName, false, nil)
 }
 
-func podENIAttr(name string, down, six bool) string {
+func podENIAttr(name string, down bool, other []string) string {
 	s := name + " up"
 	if down {
 		s = name + " down"
 	}
-	if six {
-		return s + " with IPv6"
+	if len(other) > 0 {
+		s += " with " + strings.Join(other, " ")
 	}
-	return s + " without IPv6"
+	return s
 }
 
 // wholeRoute is a route of a pod that has an ENI: the default one through the ENI's
-// gateway, or one through the node.
+// gateway, or one through the node, or one that leads nowhere what no other takes.
 type wholeRoute struct {
-	pod   Pod
-	dst   netip.Prefix // invalid: default
-	found string
+	pod    Pod
+	dst    netip.Prefix // invalid: default
+	barred bool
+	found  string
 }
 
 func (o wholeRoute) key() string {
+	if o.barred {
+		return fmt.Sprintf("pod %s route %s metric %d", o.pod, o.dst, lastMetric)
+	}
 	if o.dst.IsValid() {
 		return fmt.Sprintf("pod %s route %s", o.pod, o.dst)
 	}
@@ -168,6 +173,8 @@ func (o wholeRoute) attr() string {
 	switch {
 	case o.found != "":
 		return o.found
+	case o.barred:
+		return "unreachable"
 	case o.dst.IsValid():
 		return fmt.Sprintf("via %s dev %s src %s", podGateway, podVeth, o.pod.Addr)
 	}

@@ -140,7 +140,7 @@ func TestKernelDualStackRepairs(t *testing.T) {
 			{"sysctl -qw net.ipv6.conf.eth1.accept_ra=1", "set sysctl net/ipv6/conf/eth1/accept_ra: 0 (was 1)\n"},
 			{"sysctl -qw net.ipv6.conf." + host + ".addr_gen_mode=0", "set sysctl net/ipv6/conf/" + host + "/addr_gen_mode: 1 (was 0)\n"},
 			{"sysctl -qw net.ipv6.conf." + host + ".disable_ipv6=1", "set sysctl net/ipv6/conf/" + host + "/disable_ipv6: 0 (was 1)\n"},
-			{"ip link set eth1 down", "set link eth1: up (was down)\n"},
+			{"ip link set eth1 down", "set link eth1: up mac 52:54:00:00:00:02 (was down mac 52:54:00:00:00:02)\n"},
 			{"ip link set " + host + " down", "set link " + host + ": up mac " + hostMAC + " mtu 1500 (was down "},
 			{"ip link set " + host + " alias ''", "set veth " + host + ": default/web address " + web4.String() + "," + web6.String() + " slot 0"},
 			{"ip link del " + host, "add veth " + host},

@@ -361,7 +361,7 @@ func TestKernelExclusiveRepaired(t *testing.T) {
 		must(t, db.enter(func() error {
 			return os.WriteFile("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", []byte("0"), 0)
 		}))
-		if _, err := db.plugin("CHECK", map[string]any{"prevResult": map[string]any{"ips": []any{}}}); err == nil || !strings.Contains(err.Error(), "without IPv6 (was eth0 up with IPv6)") {
+		if _, err := db.plugin("CHECK", map[string]any{"prevResult": map[string]any{"ips": []any{}}}); err == nil || !strings.Contains(err.Error(), "eth0 up (was eth0 up with disable_ipv6=0)") {
 			t.Errorf("CHECK with IPv6: %v", err)
 		}
 		must(t, db.enter(func() error {

@@ -3,10 +3,16 @@
 package eni
 
 import (
+	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tkenode/tkenode/agent/eni/cni"
 	"github.com/tkenode/tkenode/agent/node"
@@ -70,6 +76,9 @@ func exclusivePod(t *testing.T, n *testNode) {
 	t.Logf("first plan:\n%s", n.converge())
 	before := n.kernelDump()
 	db, web, local := newPod(t, "db"), newPod(t, "web"), newPod(t, "local")
+	must(t, db.enter(func() error { // as where the node's own setting is that
+		return errors.Join(os.WriteFile("/proc/sys/net/ipv4/conf/all/rp_filter", []byte("1"), 0), os.WriteFile("/proc/sys/net/ipv4/conf/default/rp_filter", []byte("1"), 0))
+	}))
 	addr := db.addWhole()
 	if addr != wholeAddr {
 		t.Fatalf("address %s", addr)
@@ -102,6 +111,9 @@ func exclusivePod(t *testing.T, n *testNode) {
 	n.listen(metadataAddr)
 	if err := n.refusedAt(db); err != nil {
 		t.Error(err)
+	}
+	if err := db.boundTo("eth0", metadataAddr); !errors.Is(err, unix.EHOSTUNREACH) {
+		t.Errorf("a socket bound to the ENI's device asks for metadata: %v, want %v", err, unix.EHOSTUNREACH)
 	}
 	n.sealed.Config.Network.MetadataAccess = []string{"default/db"}
 	n.converge()
@@ -176,4 +188,20 @@ EOF`)
 	for _, own := range addrs("172.16.0.13", nodeAddr.String()) {
 		n.reach(db, own, wholeAddr) // nothing leaves the node
 	}
+}
+
+// boundTo connects to an address by a device, whatever the routes prefer.
+func (p *pod) boundTo(dev string, to netip.Addr) error {
+	return p.enter(func() error {
+		d := net.Dialer{Timeout: time.Second, Control: func(_, _ string, c syscall.RawConn) error {
+			var bound error
+			err := c.Control(func(fd uintptr) { bound = unix.BindToDevice(int(fd), dev) })
+			return errors.Join(err, bound)
+		}}
+		c, err := d.Dial("tcp", netip.AddrPortFrom(to, 80).String())
+		if err == nil {
+			c.Close()
+		}
+		return err
+	})
 }

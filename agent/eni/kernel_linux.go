@@ -94,6 +94,16 @@ func ours(l netlink.Link) bool {
 		(strings.HasPrefix(a.Alias, aliasPrefix) || spells(a.Name, a.HardwareAddr.String()))
 }
 
+// macOf returns the MAC that a link was made with, by which the cloud knows an ENI:
+// somebody may have given it another one since.
+func macOf(l netlink.Link) string {
+	a := l.Attrs()
+	if len(a.PermHWAddr) == 6 {
+		return a.PermHWAddr.String()
+	}
+	return a.HardwareAddr.String()
+}
+
 // survey finds what desired has to know.
 func survey(s state, links []netlink.Link) scene {
 	sc := scene{devices: map[string]device{}, alive: map[cni.Attachment]bool{}, wired: map[cni.Attachment]bool{}}
@@ -104,7 +114,7 @@ func survey(s state, links []netlink.Link) scene {
 		case ours(l):
 			names[a.Name] = true
 		case l.Type() != "veth" && a.ParentIndex == 0 && len(a.HardwareAddr) == 6:
-			sc.devices[a.HardwareAddr.String()] = device{a.Name, a.Index, a.MTU}
+			sc.devices[macOf(l)] = device{a.Name, a.Index, a.MTU}
 		}
 	}
 	for key, p := range s.Pods {
@@ -180,7 +190,10 @@ func findSettings(want []object, links []netlink.Link) ([]object, error) {
 				if a := l.Attrs(); a.Name == o.dev {
 					found := link{dev: a.Name, down: a.Flags&net.FlagUp == 0}
 					if o.mac != "" {
-						found.mac, found.mtu = a.HardwareAddr.String(), a.MTU
+						found.mac = a.HardwareAddr.String()
+					}
+					if o.mtu != 0 {
+						found.mtu = a.MTU
 					}
 					have = append(have, found)
 				}

@@ -35,7 +35,7 @@ func TestKernelRepairs(t *testing.T) {
 		webAddr, clientAddr := web.add(), client.add()
 		web.listen()
 		host, hostMAC, _ := vethOf(keyOf(web.container()))
-		tableText := "nft table inet tkenode: layout 3, 16 slots, outside by \"eth0\" as 10.0.0.5, inside [10.0.0.0/8 172.16.0.0/12]\n"
+		tableText := "nft table inet tkenode: layout 4, 16 slots, outside by \"eth0\" as 10.0.0.5, inside [10.0.0.0/8 172.16.0.0/12]\n"
 
 		for _, c := range []struct{ script, plan string }{
 			{"ip rule del pref 512", "add rule 512 from all lookup 4000\n"},
@@ -64,7 +64,7 @@ func TestKernelRepairs(t *testing.T) {
 			{"sysctl -qw net.ipv4.conf.eth1.forwarding=0 net.ipv4.conf.eth0.forwarding=0", "set sysctl net/ipv4/conf/eth1/forwarding: 1 (was 0)\n"},
 			{"sysctl -qw net.ipv4.conf." + host + ".forwarding=0", "set sysctl net/ipv4/conf/" + host + "/forwarding: 1 (was 0)\n"},
 			{"sysctl -qw net.ipv6.conf." + host + ".disable_ipv6=0", "set sysctl net/ipv6/conf/" + host + "/disable_ipv6: 1 (was 0)\n"},
-			{"ip link set eth1 down", "set link eth1: up (was down)\nadd route default table 4001: via 10.0.16.1 dev eth1 onlink\n"},
+			{"ip link set eth1 down", "set link eth1: up mac 52:54:00:00:00:02 (was down mac 52:54:00:00:00:02)\nadd route default table 4001: via 10.0.16.1 dev eth1 onlink\n"},
 			{"ip addr flush dev eth1", "add address 10.0.16.4 dev eth1\n"},
 			{"ip link set " + host + " down", "set link " + host + ": up mac " + hostMAC + " mtu 1500 (was down "},
 			{"ip link set " + host + " address 02:00:00:00:00:99", "(was up mac 02:00:00:00:00:99 mtu 1500)\n"},

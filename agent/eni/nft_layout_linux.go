@@ -30,6 +30,7 @@ import (
 //			meta nfproto != ipv4 accept
 //			ip saddr vmap @pods
 //			meta mark & 0x3f000000 == 0 counter drop
+//			meta mark & 0x4000 != 0 ct status ! confirmed ct mark set ct mark | 0x20000000
 //			ip daddr != @inside ct status ! confirmed ct mark set ct mark | 0x20000000
 //			ct mark & 0x20000000 != 0 meta mark set meta mark & 0xc0ffffff | 0x20000000
 //		}
@@ -62,7 +63,9 @@ import (
 // ENI that its question came in by. One that came in by the primary ENI, to a
 // NodePort or hostPort, is answered through it; one that came from outside to a
 // pod's own address, as from a CLB, is answered through the pod's ENI. The chain
-// comes after destination NAT, so that a Service is inside if its endpoint is.
+// comes after destination NAT, so that a Service is inside if its endpoint is. What
+// kube-proxy has marked to be masqueraded, as from a pod to a NodePort, will have the
+// node's own address, which the VPC takes by the primary ENI only.
 //
 // An IPv6 address is a pod's own wherever it goes: there is no source NAT, and every
 // connection that a pod opens leaves by the pod's ENI.
@@ -85,6 +88,10 @@ var (
 var metadataAddr = netip.AddrFrom4([4]byte{169, 254, 0, 23})
 
 const slotChain = "slot"
+
+// masqueradeMark is the bit by which kube-proxy tells packets that it masquerades.
+// Source: iptablesMasqueradeBit and nftables.masqueradeBit of KubeProxyConfiguration
+const masqueradeMark = 1 << 14
 
 // chains returns the chains of the table with their rules.
 func (o table) chains() ([]*nftables.Chain, []*nftables.Rule) {
@@ -135,6 +142,7 @@ func (o table) chains() ([]*nftables.Chain, []*nftables.Rule) {
 	add(pods, compare(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, expr.CmpOpNeq, []byte{unix.NFPROTO_IPV4}), accept)
 	add(pods, lookup(sourceOffset, &expr.Lookup{SetName: nfPods.Name, IsDestRegSet: true}))
 	add(pods, unmarked, drop)
+	add(pods, masked(&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, masqueradeMark, expr.CmpOpNeq, 0), firstPacket, usePrimary)
 	add(pods, lookup(destinationOffset, &expr.Lookup{SetName: nfInside.Name, Invert: true}), firstPacket, usePrimary)
 	add(pods, answers, setMark(primaryMark))
 

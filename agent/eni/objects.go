@@ -46,7 +46,10 @@ func linkAttr(down bool, mac string, mtu int) string {
 		s = "down"
 	}
 	if mac != "" {
-		s += fmt.Sprintf(" mac %s mtu %d", mac, mtu)
+		s += " mac " + mac
+	}
+	if mtu != 0 {
+		s += fmt.Sprintf(" mtu %d", mtu)
 	}
 	return s
 }
@@ -167,7 +170,7 @@ func (o table) attr() string {
 // layout names the chains and rules of the table. Every rule carries it, so that
 // rules that another version made, or for another device, are replaced.
 func (o table) layout() string {
-	s := fmt.Sprintf("layout 3, %d slots, outside by %q as %s", maxSlots, o.dev, o.primary)
+	s := fmt.Sprintf("layout 4, %d slots, outside by %q as %s", maxSlots, o.dev, o.primary)
 	if o.dual {
 		s += ", dual-stack 1"
 	}

@@ -298,7 +298,7 @@ func (pol policy) slotObjects(slot Slot, dev device) []object {
 		out = append(out, sysctl{"net/ipv6/conf/" + dev.name + "/disable_ipv6", "1"})
 	}
 	out = append(out,
-		link{dev: dev.name},
+		link{dev: dev.name, mac: slot.MAC},
 		// Without an address of its own the ENI would ask for its gateway's MAC in
 		// the name of the primary ENI's address, which the VPC drops.
 		address{dev: dev.name, addr: slot.Primary},

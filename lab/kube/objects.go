@@ -173,6 +173,7 @@ type Pod struct {
 	Node    string // empty: where the scheduler puts it
 
 	Labels      map[string]string
+	Annotations map[string]string
 	HostNetwork bool
 	Port        int // that HostPort leads to
 	HostPort    int // of the node; 0: none
@@ -214,7 +215,7 @@ func (c *Cluster) RunPod(ctx context.Context, p Pod) error {
 		spec["nodeName"] = p.Node
 	}
 	err := c.Do(ctx, http.MethodPost, pods, map[string]any{
-		"apiVersion": "v1", "kind": "Pod", "metadata": map[string]any{"name": p.Name, "labels": p.Labels}, "spec": spec,
+		"apiVersion": "v1", "kind": "Pod", "metadata": map[string]any{"name": p.Name, "labels": p.Labels, "annotations": p.Annotations}, "spec": spec,
 	}, nil)
 	if err != nil {
 		return fmt.Errorf("run pod %s: %w", p.Name, err)
