@@ -382,3 +382,16 @@ func TestKernelDualStackLeavesOthersAlone(t *testing.T) {
 		}
 	})
 }
+
+// TestKernelTableRepairedLater has the table go long after it was last written to.
+func TestKernelTableRepairedLater(t *testing.T) {
+	inNode(t, func(t *testing.T, n *testNode) {
+		n.attach("eth1")
+		n.converge()
+		must(t, n.net.paths.hands.nft.sock.SetDeadline(time.Now().Add(-time.Second)))
+		sh(t, "nft delete table inet tkenode")
+		if got := n.converge(); !strings.HasPrefix(got, "add nft table inet tkenode") {
+			t.Errorf("plan:\n%s", got)
+		}
+	})
+}

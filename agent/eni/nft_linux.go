@@ -63,15 +63,15 @@ func (f *nft) flush() error {
 // put replaces the whole table in one transaction, so that no packet sees a part
 // of it. Pods that are in its map stay in it.
 func (o table) put(k *kernel) error {
+	c, err := k.nft.begin() // the time that the last exchange was given may be over
+	if err != nil {
+		return err
+	}
 	elements, err := k.nft.elements(o.dual)
 	if err != nil {
 		return err
 	}
 	permits, err := k.nft.list(nfPermit)
-	if err != nil {
-		return err
-	}
-	c, err := k.nft.begin()
 	if err != nil {
 		return err
 	}
