@@ -4,6 +4,7 @@ package lab
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -18,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tkenode/tkenode/agent/eni"
 	"github.com/tkenode/tkenode/agent/eni/cni"
 	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/images"
@@ -62,8 +64,18 @@ func TestNodeNetwork(t *testing.T) {
 		t.Fatal(err)
 	}
 	n := &network{Lab: l, t: t}
-	for i := range n.nodes {
-		c, err := l.Launch(t.Context(), LaunchSpec{DataDisks: []int{20}})
+	v, err := l.NodeConfigValues(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := v.Text()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The second node's pods have addresses of both families.
+	dual := strings.Replace(text, "\nnetwork:\n", "\nnetwork:\n  ipFamilies: [IPv4, IPv6]\n", 1)
+	for i, userData := range [][]byte{nil, []byte(dual)} {
+		c, err := l.Launch(t.Context(), LaunchSpec{DataDisks: []int{20}, UserData: userData})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -171,11 +183,12 @@ func (n *network) ways() {
 		}
 		n.way(i, "pod to the Service that it is behind", func() error { return n.get(here[0].Name, n.single[i].ip, 80) })
 		for _, pod := range []string{from, n.hostPods[i]} {
-			n.way(i, pod+" to Service by name", func() error { return n.exec(pod, "wget", "-qO-", "-T5", "http://web/") })
+			n.way(i, pod+" to Service by name", func() error { return n.exec(pod, "wget", "-qO-", "http://web/") })
 			n.way(i, pod+" resolves a name of the VPC", func() error { return n.exec(pod, "nslookup", "metadata.tencentyun.com") })
 		}
 	}
 	n.aloneWays()
+	n.dualWays()
 	n.way(0, "pod to hostPort", func() error { return n.get(n.pods[1][1].Name, n.nodes[0].IP, hostPort) })
 	n.way(0, "VPC to hostPort", func() error { return n.fetchFrom(ProbeAddr, n.nodes[0].IP, hostPort) })
 }
@@ -202,12 +215,38 @@ func (n *network) aloneWays() {
 		n.way(i, "alone to pod", func() error { return n.get(alone.Name, n.pods[i][0].IP, webPort) })
 		n.way(i, "alone to Service of a pod", func() error { return n.get(alone.Name, n.single[i].ip, 80) })
 	}
-	n.way(0, "alone to Service by name", func() error { return n.exec(alone.Name, "wget", "-qO-", "-T5", "http://web/") })
+	n.way(0, "alone to Service by name", func() error { return n.exec(alone.Name, "wget", "-qO-", "http://web/") })
 	n.t.Run("alone is explained", func(t *testing.T) {
 		out := n.mustRun(t, n.nodes[0], "tkenode explain pod default/alone || true")
 		if strings.Contains(out, "!!") || !strings.Contains(out, alone.IP.String()) {
 			t.Errorf("explained:\n%s", out)
 		}
+	})
+}
+
+// dualWays tries the ways of IPv6, of the pods of the second node.
+func (n *network) dualWays() {
+	var st eni.State
+	if out := n.mustRun(n.t, n.nodes[1], "tkenode pods -o json"); json.Unmarshal([]byte(out), &st) != nil {
+		n.t.Fatalf("tkenode pods: %s", out)
+	}
+	six := map[string]netip.Addr{}
+	for _, p := range st.Pods {
+		six[p.Name] = p.Addr6
+	}
+	here := n.pods[1]
+	for _, pod := range here {
+		n.way(1, "VPC to "+pod.Name+" by IPv6", func() error { return n.fetchFrom(ProbeAddr6, six[pod.Name], webPort) })
+	}
+	n.way(1, "pod to pod of its node by IPv6", func() error {
+		return n.exec(here[1].Name, "wget", "-qO-", fmt.Sprintf("http://[%s]:%d/", six[here[0].Name], webPort))
+	})
+	n.way(1, "Kubernetes knows both addresses of a pod", func() error {
+		p, err := n.Cluster.WaitPodRunning(within(n.t, time.Minute), here[0].Name)
+		if err == nil && (len(p.Status.PodIPs) != 2 || p.Status.PodIPs[0].IP != here[0].IP || p.Status.PodIPs[1].IP != six[here[0].Name]) {
+			err = fmt.Errorf("podIPs %v, want %s and %s", p.Status.PodIPs, here[0].IP, six[here[0].Name])
+		}
+		return err
 	})
 }
 
@@ -271,7 +310,7 @@ func (n *network) listenOutside() <-chan netip.Addr {
 
 // get fetches a page from within a pod.
 func (n *network) get(pod string, ip netip.Addr, port int) error {
-	return n.exec(pod, "wget", "-qO-", "-T5", fmt.Sprintf("http://%s:%d/", ip, port))
+	return n.exec(pod, "wget", "-qO-", fmt.Sprintf("http://%s:%d/", ip, port))
 }
 
 // exec runs a command in a pod.
@@ -294,7 +333,7 @@ func (n *network) fetchFrom(from, ip netip.Addr, port int) error {
 			return n.Net.DialContext(ctx, from, network, addr)
 		},
 	}}
-	resp, err := client.Get(fmt.Sprintf("http://%s:%d/", ip, port))
+	resp, err := client.Get(fmt.Sprintf("http://%s/", netip.AddrPortFrom(ip, uint16(port))))
 	if err != nil {
 		return err
 	}

@@ -185,6 +185,7 @@ type PodStatus struct {
 	Status struct {
 		Phase             string
 		PodIP             netip.Addr
+		PodIPs            []struct{ IP netip.Addr }
 		Conditions        []Condition
 		ContainerStatuses []struct {
 			Ready        bool
