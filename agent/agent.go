@@ -167,8 +167,12 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 	name := s.Config.Name(s.Facts)
 
 	var modules []reconcile.Module
+	var disks []*disk.Disk
 	for _, want := range s.Config.Disks {
-		modules = append(modules, disk.New(want, s.Facts.DataDisks, filepath.Join(stateDir, "disk"), log("disk")))
+		disks = append(disks, disk.New(disk.Options{
+			Want: want, Sealed: s, FirstBoot: sealedNow(s, node.ReportFile), Cloud: cloud, Ledger: filepath.Join(stateDir, "disk"), Log: log("disk"),
+		}))
+		modules = append(modules, disks[len(disks)-1])
 	}
 	modules = append(modules,
 		unit.Containerd(files, bus, containerd, seedFile),
@@ -190,5 +194,8 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 		containerd.Close()
 		bus.Close()
 		network.Close()
+		for _, d := range disks {
+			d.Close()
+		}
 	}}, nil
 }

@@ -5,9 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"slices"
@@ -18,17 +16,17 @@ import (
 	"github.com/tkenode/tkenode/agent/node"
 )
 
-const (
-	lockPatience = 5 * time.Second // udev reads a new disk for some tens of milliseconds
-	mkfsDeadline = 5 * time.Minute // seconds without discard; more means that the disk hangs
-)
+// mkfsDeadline is far above the seconds that it takes without discard: more means
+// that the disk hangs.
+const mkfsDeadline = 5 * time.Minute
 
 // permit says that a disk has been proven blank and may be formatted, once. Only
 // prove makes one, and only its method mkfs runs a program that writes.
 type permit struct {
-	disk *os.File // open, and so its name and number are no other disk's; locked
-	dev  device
-	uuid string // in the ledger already
+	disk  *os.File // open, and so its name and number are no other disk's; locked
+	dev   device
+	uuid  string // in the ledger already
+	proof string // what it rests on
 }
 
 // format makes the file system on dev if dev is blank.
@@ -38,13 +36,16 @@ func (d *Disk) format(ctx context.Context, dev device, past entry) error {
 		return err
 	}
 	defer p.disk.Close()
-	if err := p.mkfs(ctx, d.want.FileSystem); err != nil {
+	done := d.account.begin("format")
+	err = p.mkfs(ctx, d.want.FileSystem)
+	done()
+	if err != nil {
 		return fmt.Errorf("make %s on %s: %w", d.want.FileSystem, dev, err)
 	}
 	if err := d.same(dev); err != nil {
 		return err
 	}
-	exclusive, err := reopen(p.disk)
+	exclusive, err := reopen(p.disk, unix.O_RDONLY)
 	if err != nil {
 		return fmt.Errorf("read back %s: %w", dev, err)
 	}
@@ -55,60 +56,40 @@ func (d *Disk) format(ctx context.Context, dev device, past entry) error {
 	if c.UUID != p.uuid || c.Label != label(dev.Serial) || !slices.Equal(c.Signatures, []string{string(d.want.FileSystem)}) {
 		return fmt.Errorf("read back %s: it holds %s, not the %s with uuid %s just made", dev, c, d.want.FileSystem, p.uuid)
 	}
-	return d.ledger.write(d.entry(dev, stateFormatted, p.uuid))
+	return d.ledger.write(d.entry(p, stateFormatted))
 }
 
-// prove returns a permit if dev is the right disk, used by nobody, and reads as
-// zero wherever inspect reads it. The disk is claimed exclusively while it is read.
+// prove returns a permit if dev is the right disk, used by nobody, and proven
+// blank.
 func (d *Disk) prove(ctx context.Context, dev device, past entry) (_ *permit, err error) {
-	// Not for writing: udev announces a change of a disk that was open for that, which
-	// would wake us to prove a disk that is not blank again, without end.
-	disk, err := d.open(dev, unix.O_RDONLY)
+	c, proof, err := d.blank(ctx, dev, past)
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			disk.Close()
+			c.close()
 		}
 	}()
-	if err := lock(ctx, disk); err != nil {
-		return nil, fmt.Errorf("lock %s: %w", dev, err)
-	}
-	exclusive, err := reopen(disk)
-	if err != nil {
-		return nil, fmt.Errorf("claim %s: %w", dev, err)
-	}
-	defer exclusive.Close()
-	bytes, err := disk.Seek(0, io.SeekEnd)
-	if err != nil || bytes != dev.SizeBytes {
-		return nil, fmt.Errorf("%s has %d bytes: %w", dev, bytes, errors.Join(err, errChanged))
-	}
-	c := inspect(reader{ctx, exclusive}, dev.SizeBytes)
-	if err := d.same(dev); err != nil {
+	if err := d.unchanged(c); err != nil {
 		return nil, err
 	}
-	switch {
-	case c.Unreadable != "":
-		return nil, fmt.Errorf("prove %s blank: %s", dev, c.Unreadable)
-	case !c.Blank: // where the plan has not looked
-		return nil, foreign(dev, c)
-	}
-	d.log.Info("proven blank", "disk", dev.String(), "proof", c.proof())
+	d.log.Info("proven blank", "disk", dev.String(), "proof", proof)
 	uuid := past.UUID
 	if uuid == "" {
 		uuid = newUUID()
 	}
-	if err := d.ledger.write(d.entry(dev, stateFormatting, uuid)); err != nil {
+	p := &permit{disk: c.disk, dev: dev, uuid: uuid, proof: proof}
+	if err := d.ledger.write(d.entry(p, stateFormatting)); err != nil {
 		return nil, err
 	}
-	return &permit{disk: disk, dev: dev, uuid: uuid}, nil
+	return p, c.exclusive.Close()
 }
 
-func (d *Disk) entry(dev device, state, uuid string) entry {
+func (d *Disk) entry(p *permit, state string) entry {
 	return entry{
-		DiskID: dev.Serial, MountPoint: d.want.MountPoint, FileSystem: d.want.FileSystem,
-		UUID: uuid, State: state, SizeBytes: dev.SizeBytes,
+		DiskID: p.dev.Serial, MountPoint: d.want.MountPoint, FileSystem: d.want.FileSystem,
+		UUID: p.uuid, State: state, SizeBytes: p.dev.SizeBytes, Proof: p.proof,
 	}
 }
 
@@ -141,31 +122,6 @@ func (p *permit) mkfs(ctx context.Context, fs node.FileSystem) error {
 		return fmt.Errorf("%s: %w: %s", args[0], err, bytes.TrimSpace(out[:min(len(out), 1000)]))
 	}
 	return nil
-}
-
-// reopen opens the same disk once more, for direct reads, and claims it: that
-// fails while anybody has it mounted, stacked or claimed.
-func reopen(disk *os.File) (*os.File, error) {
-	return os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", disk.Fd()), unix.O_RDONLY|unix.O_EXCL|unix.O_DIRECT, 0)
-}
-
-// lock takes the lock by which programs keep udev and each other off a disk.
-func lock(ctx context.Context, disk *os.File) error {
-	ctx, cancel := context.WithTimeout(ctx, lockPatience)
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := unix.Flock(int(disk.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			return err
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return fmt.Errorf("another program holds it: %w", err)
-		}
-	}
 }
 
 // newUUID returns a random UUID (RFC 9562, version 4).

@@ -31,6 +31,7 @@ type entry struct {
 	UUID       string          `json:"uuid"`
 	State      string          `json:"state"`
 	SizeBytes  int64           `json:"sizeBytes"`
+	Proof      string          `json:"proof,omitempty"` // what it rested on that the disk was blank; empty: it was not ours to format
 	At         time.Time       `json:"at"`
 }
 

@@ -62,16 +62,18 @@ type content struct {
 	Unreadable string `json:"unreadable,omitempty"`
 	// Busy says that another program holds the disk's lock.
 	Busy bool `json:"busy,omitempty"`
-	// Blank says that all that was read is zero, Whole that it is all there is. A plan
-	// rests on a glance; who formats has the disk inspected.
+	// Blank says that all that was read is zero. A plan rests on a glance; who formats
+	// has the disk proven blank.
 	Blank bool `json:"blank,omitempty"`
-	Whole bool `json:"whole,omitempty"`
+	// Proving says how far the reading of every block is, if it is under way.
+	Proving string `json:"proving,omitempty"`
 	// Signatures names everything recognised; UUID and Label are those of the
 	// file system if there is exactly one signature and it is ext4 or xfs.
 	Signatures []string `json:"signatures,omitempty"`
 	UUID       string   `json:"uuid,omitempty"`
 	Label      string   `json:"label,omitempty"`
 	Evidence   string   `json:"evidence,omitempty"` // first bytes found, and where
+	at         int64    // of what was found beyond a glance
 }
 
 func (c content) String() string {
@@ -93,22 +95,6 @@ func (c content) String() string {
 		fmt.Fprintf(&b, ", %s", c.Evidence)
 	}
 	return b.String()
-}
-
-// proof says what the blankness of a disk rests on.
-func (c content) proof() string {
-	if c.Whole {
-		return "all of it was read and is zero"
-	}
-	return fmt.Sprintf("both ends, the places of superblocks and %d blocks all over it were read and are zero", strata)
-}
-
-// pending says what has yet to be read before a disk that looks blank is formatted.
-func pending(size int64) string {
-	if size <= whole {
-		return "all of it is"
-	}
-	return fmt.Sprintf("both ends, the places of superblocks and %d blocks all over it are", strata)
 }
 
 type verb string
@@ -274,18 +260,19 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 	mount := step{attach, fmt.Sprintf("mount %s (%s) on %s", dev.Serial, fs, want.MountPoint)}
 	one := len(c.Signatures) == 1 && len(dev.Partitions) == 0
 	switch {
+	case c.Proving != "":
+		return nil, node.Waiting("Proving", "%s", c.Proving)
 	case c.Busy:
 		return nil, node.Waiting("Busy", "%s is locked by another program", dev)
 	case c.Unreadable != "":
-		return nil, &node.Error{Class: node.ClassTransient, Reason: "Unreadable",
-			Err: fmt.Errorf("%s cannot be read, so it counts as holding data: %s", dev, c.Unreadable)}
+		return nil, unreadable(dev, c)
 	case dev.ReadOnly:
 		return nil, node.Terminal("ReadOnly", "attach it writable", fmt.Errorf("%s is a read-only device", dev))
 	case c.Blank && past.State == stateFormatted:
 		return nil, node.Terminal("Lost", fmt.Sprintf("if its data may be lost, remove %s.json from tkenode's disk ledger", dev.Serial),
 			fmt.Errorf("%s reads as blank, but was formatted on %s (uuid %s)", dev, past.At.Format("2006-01-02 15:04:05Z"), past.UUID))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
-		return []step{{format, fmt.Sprintf("format %s with %s once %s read as zero", dev, fs, pending(dev.SizeBytes))}, mount}, nil
+		return []step{{format, fmt.Sprintf("format %s with %s once it is proven blank", dev, fs)}, mount}, nil
 	case one && c.UUID != "" && (c.UUID == past.UUID || c.Label == label(dev.Serial)):
 		if c.Signatures[0] != fs {
 			return nil, node.Terminal("WrongFileSystem", fmt.Sprintf("set fileSystem: %s in the NodeConfig", c.Signatures[0]),
@@ -303,6 +290,11 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 		c.Signatures = append([]string{"partitions"}, c.Signatures...)
 	}
 	return nil, foreign(dev, c)
+}
+
+func unreadable(dev device, c content) error {
+	return &node.Error{Class: node.ClassTransient, Reason: "Unreadable",
+		Err: fmt.Errorf("%s cannot be read, so it counts as holding data: %s", dev, c.Unreadable)}
 }
 
 func foreign(dev device, c content) error {
@@ -342,6 +334,11 @@ func (o observed) listed() (ids []string) {
 func (o observed) holdsRoot(d device) bool {
 	m, ok := o.at("/")
 	return ok && d.owns(m.Dev)
+}
+
+// is reports whether both are the same device, of the same size.
+func (d device) is(o device) bool {
+	return d.Serial == o.Serial && d.Dev == o.Dev && d.Seq == o.Seq && d.SizeBytes == o.SizeBytes
 }
 
 // owns reports whether dev is the device or one of its partitions.
