@@ -138,14 +138,19 @@ func (d *Disk) do(ctx context.Context, v verb) error {
 	}
 	switch v {
 	case format:
-		return d.format(ctx, dev, have.Ledger[dev.Serial])
+		return d.format(ctx, dev, have)
 	case adopt:
+		if c := have.Decision; c != nil && c.is(actAdopt, dev) {
+			if err := d.ledger.use(c); err != nil {
+				return err
+			}
+		}
 		return d.ledger.write(entry{
 			DiskID: dev.Serial, MountPoint: d.want.MountPoint, State: stateFormatted,
-			FileSystem: d.want.FileSystem, UUID: have.Content.UUID, SizeBytes: dev.SizeBytes,
+			FileSystem: node.FileSystem(have.Content.Signatures[0]), UUID: have.Content.UUID, SizeBytes: dev.SizeBytes,
 		})
 	default:
 		defer d.account.begin("mount")()
-		return d.mount(dev)
+		return d.mount(dev, have.Content.Signatures[0])
 	}
 }

@@ -4,7 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -20,22 +20,29 @@ import (
 // that the disk hangs.
 const mkfsDeadline = 5 * time.Minute
 
-// permit says that a disk has been proven blank and may be formatted, once. Only
+// permit says that a disk has been proven blank, or that an operator has decided
+// that what it holds is of no use, and that it may be formatted, once. Only
 // prove makes one, and only its method mkfs runs a program that writes.
 type permit struct {
 	disk  *os.File // open, and so its name and number are no other disk's; locked
 	dev   device
 	uuid  string // in the ledger already
 	proof string // what it rests on
+	erase bool   // it is not blank, and an operator has decided that it may be
 }
 
-// format makes the file system on dev if dev is blank.
-func (d *Disk) format(ctx context.Context, dev device, past entry) error {
-	p, err := d.prove(ctx, dev, past)
+// format makes the file system on dev if dev is blank, or an operator has decided.
+func (d *Disk) format(ctx context.Context, dev device, have observed) error {
+	p, err := d.prove(ctx, dev, have)
 	if err != nil {
 		return err
 	}
 	defer p.disk.Close()
+	if p.erase {
+		if err := p.wipe(); err != nil {
+			return fmt.Errorf("erase what %s holds: %w", dev, err)
+		}
+	}
 	done := d.account.begin("format")
 	err = p.mkfs(ctx, d.want.FileSystem)
 	done()
@@ -60,9 +67,20 @@ func (d *Disk) format(ctx context.Context, dev device, past entry) error {
 }
 
 // prove returns a permit if dev is the right disk, used by nobody, and proven
-// blank.
-func (d *Disk) prove(ctx context.Context, dev device, past entry) (_ *permit, err error) {
-	c, proof, err := d.blank(ctx, dev, past)
+// blank. Where an operator has decided, it need only be readable at its ends.
+func (d *Disk) prove(ctx context.Context, dev device, have observed) (_ *permit, err error) {
+	past := have.Ledger[dev.Serial]
+	order := have.Decision
+	if order != nil && !order.is(actFormat, dev) {
+		order = nil
+	}
+	var c *claim
+	var proof string
+	if order != nil {
+		c, proof, err = d.ordered(ctx, dev, order)
+	} else {
+		c, proof, err = d.blank(ctx, dev, past)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -74,12 +92,17 @@ func (d *Disk) prove(ctx context.Context, dev device, past entry) (_ *permit, er
 	if err := d.unchanged(c); err != nil {
 		return nil, err
 	}
-	d.log.Info("proven blank", "disk", dev.String(), "proof", proof)
+	d.log.Info("may be formatted", "disk", dev.String(), "proof", proof)
 	uuid := past.UUID
-	if uuid == "" {
-		uuid = newUUID()
+	if uuid == "" || order != nil {
+		uuid = newUUID(have.Cluster)
 	}
-	p := &permit{disk: c.disk, dev: dev, uuid: uuid, proof: proof}
+	p := &permit{disk: c.disk, dev: dev, uuid: uuid, proof: proof, erase: order != nil}
+	if order != nil {
+		if err := d.ledger.use(order); err != nil {
+			return nil, err
+		}
+	}
 	if err := d.ledger.write(d.entry(p, stateFormatting)); err != nil {
 		return nil, err
 	}
@@ -124,11 +147,33 @@ func (p *permit) mkfs(ctx context.Context, fs node.FileSystem) error {
 	return nil
 }
 
-// newUUID returns a random UUID (RFC 9562, version 4).
-func newUUID() string {
+// wipe writes zeros to every place at which a format is recognised, so that what
+// the disk held is not found beside the new file system.
+func (p *permit) wipe() error {
+	f, err := reopen(p.disk, unix.O_WRONLY)
+	if err != nil {
+		return err
+	}
+	zero := aligned(piece)
+	for _, w := range append([]span{{0, min(front, p.dev.SizeBytes)}}, windows(p.dev.SizeBytes)...) {
+		for at := w.from; at < w.to && err == nil; at += piece {
+			_, err = f.WriteAt(zero[:min(piece, w.to-at)], at)
+		}
+	}
+	err = errors.Join(err, f.Sync())
+	if err == nil && len(p.dev.Partitions) > 0 {
+		err = unix.IoctlSetInt(int(f.Fd()), unix.BLKRRPART, 0)
+	}
+	return errors.Join(err, f.Close())
+}
+
+// newUUID returns a UUID that is random but for its last six bytes, which name the
+// cluster (RFC 9562, version 8): another cluster's disk is told by it.
+func newUUID(cluster string) string {
 	var b [16]byte
 	rand.Read(b[:]) // never fails
-	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
-	s := hex.EncodeToString(b[:])
-	return s[:8] + "-" + s[8:12] + "-" + s[12:16] + "-" + s[16:20] + "-" + s[20:]
+	b[6], b[8] = b[6]&0x0f|0x80, b[8]&0x3f|0x80
+	mark := clusterMark(cluster)
+	copy(b[10:], mark[:])
+	return formatUUID(b[:])
 }

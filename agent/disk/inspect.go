@@ -120,6 +120,19 @@ func scan(r io.ReaderAt, spans []span) content {
 	return content{Blank: true}
 }
 
+// readable reads the ends of a disk, and the places of superblocks, whatever is there.
+func readable(r io.ReaderAt, size int64) error {
+	buf := aligned(piece)
+	for _, w := range append([]span{{0, min(front, size)}}, windows(size)...) {
+		for at := w.from; at < w.to; at += piece {
+			if err := readFull(r, buf[:min(piece, w.to-at)], at); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // probe reads b at an offset and says whether it is blank.
 func probe(r io.ReaderAt, b []byte, at int64) content {
 	if err := readFull(r, b, at); err != nil {

@@ -304,7 +304,7 @@ func TestLedger(t *testing.T) {
 		t.Fatalf("a ledger that is not there: %v, %v", all, err)
 	}
 	e := entry{DiskID: "disk-abc12345", MountPoint: "/data", FileSystem: "ext4", State: stateFormatting,
-		UUID: newUUID(), SizeBytes: 1 << 30}
+		UUID: newUUID("cls-abc"), SizeBytes: 1 << 30}
 	if err := l.write(e); err != nil {
 		t.Fatal(err)
 	}

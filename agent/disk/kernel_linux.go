@@ -20,7 +20,7 @@ import (
 // observe reads what decide needs; what is on the disk, only if it is asked for
 // and nobody uses the disk.
 func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
-	have := observed{Listed: d.sealed.Facts.DataDisks}
+	have := observed{Listed: d.sealed.Facts.DataDisks, Cluster: d.sealed.Config.Cluster.ID}
 	var err error
 	// A disk that is mounted needs no ledger.
 	have.Ledger, have.ledgerErr = d.ledger.read()
@@ -49,6 +49,7 @@ func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
 	if d.proof != nil && !d.proof.dev.is(dev) {
 		d.drop()
 	}
+	have.Decision = d.ledger.decision(dev.Serial)
 	if !content {
 		return have, nil
 	}
@@ -159,7 +160,7 @@ func (d *Disk) same(dev device) error {
 
 // mount mounts dev, which observe has just found to hold the file system, and
 // checks that it is dev which got mounted.
-func (d *Disk) mount(dev device) error {
+func (d *Disk) mount(dev device, fs string) error {
 	pin, err := d.open(dev, unix.O_RDONLY)
 	if err != nil {
 		return err
@@ -174,10 +175,10 @@ func (d *Disk) mount(dev device) error {
 		d.log.Warn("the mount point stays writable when nothing is mounted on it", "disk", dev.Serial, "dir", target, "err", err)
 	}
 	options := ""
-	if d.want.FileSystem == node.Ext4 {
+	if fs == string(node.Ext4) {
 		options = "errors=remount-ro"
 	}
-	if err := unix.Mount("/dev/"+dev.Name, target, string(d.want.FileSystem), unix.MS_NOATIME, options); err != nil {
+	if err := unix.Mount("/dev/"+dev.Name, target, fs, unix.MS_NOATIME, options); err != nil {
 		return fmt.Errorf("mount %s on %s: %w", dev, target, err)
 	}
 	all, err := mounts()

@@ -202,7 +202,7 @@ func TestKernelVouched(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := b.Apply(t.Context(), p); node.ReasonOf(err, "") != "Proving" || !strings.Contains(err.Error(), "cloud API: cannot be asked: cbs DescribeDisks: UnauthorizedOperation") {
+			if err := b.Apply(t.Context(), p); node.ReasonOf(err, "") != "Proving" || !strings.Contains(err.Error(), "cloud API: cannot be asked: cbs DescribeDisks: AuthFailure.UnauthorizedOperation") {
 				t.Errorf("error %v", err)
 			}
 		})

@@ -168,6 +168,22 @@ func (d *Disk) blank(ctx context.Context, dev device, past entry) (*claim, strin
 	return d.conclude(ctx)
 }
 
+// ordered returns the claim of a disk that an operator has decided to format.
+func (d *Disk) ordered(ctx context.Context, dev device, order *decision) (*claim, string, error) {
+	d.drop()
+	c, err := d.claim(ctx, dev)
+	if err != nil {
+		return nil, "", err
+	}
+	proof := order.String()
+	d.account.evidence([]Evidence{{"ledger of disks", proof, true}})
+	if err := readable(reader{ctx, c.exclusive}, dev.SizeBytes); err != nil {
+		c.close()
+		return nil, "", node.Terminal("Unreadable", "detach it: a file system on it would not last", fmt.Errorf("read the ends of %s: %w", dev, err))
+	}
+	return c, proof, nil
+}
+
 // begin begins to read every block of a claimed disk.
 func (d *Disk) begin(c *claim, why string) {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -201,13 +217,13 @@ func (d *Disk) conclude(ctx context.Context) (*claim, string, error) {
 	if found.Blank { // the ends once more, after what may have been hours
 		found = inspect(reader{ctx, p.exclusive}, p.dev.SizeBytes)
 	}
-	d.account.add(Evidence{"the disk itself", fmt.Sprintf("every block: %s read, %s found", size(p.read.Load()), found), found.Blank})
+	d.account.add(Evidence{"the disk itself", fmt.Sprintf("every block: %s read, %s found", Size(p.read.Load()), found), found.Blank})
 	if !found.Blank {
 		d.suspect = suspect{p.dev, found.at}
 		p.close()
 		return nil, "", refuse(p.dev, found)
 	}
-	return p.claim, fmt.Sprintf("every block was read as zero, %s; the cloud does not vouch for it (%s)", size(p.dev.SizeBytes), p.why), nil
+	return p.claim, fmt.Sprintf("every block was read as zero, %s; the cloud does not vouch for it (%s)", Size(p.dev.SizeBytes), p.why), nil
 }
 
 // drop gives up reading. A read that hangs in the kernel is left behind.

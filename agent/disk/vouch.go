@@ -79,7 +79,7 @@ func judge(dev device, facts node.Facts, disk tencent.Disk, in tencent.Instance,
 	add(!disk.Shareable && len(disk.InstanceIDs) == 0, disks+"Shareable, InstanceIdList", "shared: %v, with %s", disk.Shareable, list(disk.InstanceIDs))
 	add(!disk.Rollbacking && !disk.Migrating, disks+"Rollbacking, Migrating", "rolled back: %v, migrated: %v", disk.Rollbacking, disk.Migrating)
 	add(disk.Snapshots == 0, disks+"SnapshotCount", "%d snapshots were taken of it", disk.Snapshots)
-	add(disk.SizeGiB<<30 == dev.SizeBytes, disks+"DiskSize", "%d GiB, and the device has %s", disk.SizeGiB, size(dev.SizeBytes))
+	add(disk.SizeGiB<<30 == dev.SizeBytes, disks+"DiskSize", "%d GiB, and the device has %s", disk.SizeGiB, Size(dev.SizeBytes))
 
 	i := slices.IndexFunc(in.DataDisks, func(d tencent.DataDisk) bool { return d.ID == dev.Serial })
 	snapshot := ""
