@@ -39,7 +39,6 @@ type Disk struct {
 	ledger    ledger
 	log       *slog.Logger
 	account   account
-	readers   sync.WaitGroup // of proof
 
 	// mu is held while the disk is looked at or changed: a look at a disk that is
 	// just being formatted would find something foreign on it. It guards the rest.
@@ -63,11 +62,12 @@ func New(o Options) *Disk {
 	return &Disk{want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", ledger: ledger(o.Ledger), log: o.Log}
 }
 
-// Close gives up what is read, and waits for it.
+// Close gives up what is read, unless something that hangs holds the disk.
 func (d *Disk) Close() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.drop()
+	if d.mu.TryLock() {
+		defer d.mu.Unlock()
+		d.drop()
+	}
 }
 
 // Name returns "disk/<disk id>", or "disk/data" for the only data disk.

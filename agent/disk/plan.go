@@ -281,7 +281,8 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 			fmt.Errorf("%s reads as blank, but was formatted on %s (uuid %s)", dev, past.At.Format("2006-01-02 15:04:05Z"), past.UUID))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
 		return []step{{format, fmt.Sprintf("format %s with %s once it is proven blank", dev, fs)}, mount}, nil
-	case one && ours && c.UUID != past.UUID && otherCluster(c.UUID, have.Cluster) && !decided(actAdopt):
+	case one && ours && c.UUID != past.UUID && otherCluster(c.UUID, have.Cluster) &&
+		want.WhenNotBlank != node.MountFound && !decided(actAdopt):
 		return nil, node.Terminal("OtherCluster", "attach another disk; or, to use it as it is, type: "+command(actAdopt, dev),
 			fmt.Errorf("%s holds tkenode's %s, made on a node of another cluster", dev, c))
 	case one && ours, one && adoptable(c) && (want.WhenNotBlank == node.MountFound || decided(actAdopt)):

@@ -191,12 +191,12 @@ func (d *Disk) begin(c *claim, why string) {
 	d.proof = p
 	d.log.Info("reading every block", "disk", c.dev.String(), "why", why)
 	ended := d.account.begin("read")
-	d.readers.Go(func() {
+	go func() { // conclude or drop waits for it
 		defer close(p.done)
 		p.found = readAll(reader{ctx, c.exclusive}, c.dev.SizeBytes, &p.read)
 		ended()
 		d.log.Info("has read", "disk", c.dev.String(), "bytes", p.read.Load(), "took", time.Since(p.began).Round(time.Second), "found", p.found.String())
-	})
+	}()
 }
 
 // conclude returns what blank does once the disk has been read.
@@ -239,10 +239,10 @@ func (d *Disk) drop() {
 		p.close()
 	case <-time.After(dropPatience):
 		d.log.Error("left behind, a read does not return", "disk", p.dev.String())
-		d.readers.Go(func() {
+		go func() {
 			<-p.done
 			p.close()
-		})
+		}()
 	}
 }
 

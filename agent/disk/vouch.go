@@ -14,8 +14,10 @@ import (
 )
 
 const (
-	// cloudPatience bounds the question; the disk can be read instead.
-	cloudPatience = 5 * time.Second
+	// cloudPatience bounds the question: the disk can be read instead, but that takes
+	// minutes, so a call that fails for a moment is repeated.
+	cloudPatience = 10 * time.Second
+	cloudPause    = 500 * time.Millisecond
 	// young is how old an instance may be for what came with it to be new. The clock
 	// is right to five minutes, or the cloud would not have answered a signed request.
 	young = time.Hour
@@ -42,26 +44,41 @@ func (d *Disk) origin(ctx context.Context, dev device, past entry) []Evidence {
 	add := func(good bool, source, format string, args ...any) {
 		all = append(all, Evidence{source, fmt.Sprintf(format, args...), good})
 	}
-	add(past.State == "", "ledger of disks", "%s", map[bool]string{true: "never seen", false: "seen before: " + past.State}[past.State == ""])
-	first := d.firstBoot && d.sealed.Generation == 1
-	add(first, "bootstrap's report", "%s", map[bool]string{true: "the first configuration was sealed in this boot", false: "this is not the first boot of the instance"}[first])
+	add(past.State == "", "ledger of disks", "seen before: %s", word(past.State))
+	add(d.firstBoot && d.sealed.Generation == 1, "bootstrap's report", "generation %d, sealed in this boot: %v", d.sealed.Generation, d.firstBoot)
 	if _, sound := unsound(all); !sound {
 		return all
 	}
-	ctx, cancel := context.WithTimeout(ctx, cloudPatience)
-	defer cancel()
-	var disk tencent.Disk
-	var in tencent.Instance
-	var err1, err2 error
-	var wg sync.WaitGroup
-	wg.Go(func() { disk, err1 = d.cloud.DescribeDisk(ctx, dev.Serial) })
-	wg.Go(func() { in, err2 = d.cloud.DescribeInstance(ctx, d.sealed.Facts.InstanceID) })
-	wg.Wait()
-	if err := errors.Join(err1, err2); err != nil {
+	disk, in, err := d.describe(ctx, dev.Serial)
+	if err != nil {
 		add(false, "cloud API", "cannot be asked: %s", strings.ReplaceAll(err.Error(), "\n", "; "))
 		return all
 	}
 	return append(all, judge(dev, d.sealed.Facts, disk, in, time.Now())...)
+}
+
+// describe asks the cloud for a disk and the instance, both at once.
+func (d *Disk) describe(ctx context.Context, id string) (disk tencent.Disk, in tencent.Instance, err error) {
+	ctx, cancel := context.WithTimeout(ctx, cloudPatience)
+	defer cancel()
+	for {
+		var err1, err2 error
+		var wg sync.WaitGroup
+		wg.Go(func() { disk, err1 = d.cloud.DescribeDisk(ctx, id) })
+		wg.Go(func() { in, err2 = d.cloud.DescribeInstance(ctx, d.sealed.Facts.InstanceID) })
+		wg.Wait()
+		if now := errors.Join(err1, err2); now == nil || err == nil || ctx.Err() == nil {
+			err = now // one that was cut off says nothing
+		}
+		if err == nil || node.ClassOf(err1) == node.ClassTerminal || node.ClassOf(err2) == node.ClassTerminal {
+			return disk, in, err
+		}
+		select {
+		case <-time.After(cloudPause):
+		case <-ctx.Done():
+			return disk, in, err
+		}
+	}
 }
 
 // judge holds what the cloud says against what is so of a disk that was created
