@@ -136,10 +136,11 @@ func (c diskContent) make(t *testing.T, dir string) string {
 	return path
 }
 
-// sparse is a disk in memory, of which only what is not zero is kept.
+// sparse is a disk in memory, of which only the pieces of 1 MiB are kept that are
+// not zero.
 type sparse struct {
 	size   int64
-	blocks map[int64][]byte
+	pieces map[int64][]byte
 }
 
 func load(t *testing.T, path string) *sparse {
@@ -149,16 +150,14 @@ func load(t *testing.T, path string) *sparse {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	s := &sparse{blocks: map[int64][]byte{}}
-	buf := make([]byte, 1<<20)
-	for {
-		n, err := io.ReadFull(f, buf)
-		for i := 0; i < n; i += blockSize {
-			if b := buf[i:min(n, i+blockSize)]; nonZero(b) >= 0 {
-				s.blocks[(s.size+int64(i))/blockSize] = bytes.Clone(b)
-			}
+	s := &sparse{pieces: map[int64][]byte{}}
+	buf := make([]byte, piece)
+	for n := int64(0); ; n++ {
+		read, err := io.ReadFull(f, buf)
+		if nonZero(buf[:read]) >= 0 {
+			s.pieces[n] = bytes.Clone(buf[:read])
 		}
-		s.size += int64(n)
+		s.size += int64(read)
 		if err != nil {
 			return s
 		}
@@ -170,10 +169,10 @@ func (s *sparse) ReadAt(b []byte, at int64) (int, error) {
 		return 0, io.EOF
 	}
 	clear(b)
-	for n := at / blockSize; n*blockSize < at+int64(len(b)) && len(s.blocks) > 0; n++ {
-		if block, ok := s.blocks[n]; ok {
-			from := max(at, n*blockSize)
-			copy(b[from-at:], block[from-n*blockSize:])
+	for n := at / piece; n*piece < at+int64(len(b)); n++ {
+		if data, ok := s.pieces[n]; ok {
+			from := max(at, n*piece)
+			copy(b[from-at:], data[from-n*piece:])
 		}
 	}
 	return len(b), nil

@@ -50,13 +50,13 @@ func permitted(r io.ReaderAt, size int64) bool {
 
 // sweepFaults makes reads of the disk fail, one at a time and in every way, and
 // returns how many of them there are, and how often it would have been formatted.
-// Of the reads after the first 64 it takes one in stride.
+// Of the reads after the first 4 it takes one in stride.
 func sweepFaults(s *sparse, stride int64) (clean bool, reads, tries, permits int64) {
 	sound := &faulty{ReaderAt: s}
 	clean = permitted(sound, s.size)
 	reads = sound.reads.Load()
 	for n := int64(1); n <= reads; n++ {
-		if n > 64 && n%stride != 0 {
+		if n > 4 && n%stride != 0 {
 			continue
 		}
 		for _, how := range faults {
@@ -74,7 +74,7 @@ func sweepFaults(s *sparse, stride int64) (clean bool, reads, tries, permits int
 func TestFaults(t *testing.T) {
 	dir := t.TempDir()
 	for _, c := range basicContents() {
-		clean, reads, tries, permits := sweepFaults(load(t, c.make(t, dir)), 400)
+		clean, reads, tries, permits := sweepFaults(load(t, c.make(t, dir)), 150)
 		if clean != (c.name == "blank") || permits > 0 || tries == 0 {
 			t.Errorf("%s: formatted without a fault: %v; of %d reads %d faults: %d permits", c.name, clean, reads, tries, permits)
 		}
