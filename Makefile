@@ -8,7 +8,7 @@ LAB   := bin/tkelab
 .DEFAULT_GOAL := help
 # The tiers share bin/ and the processors: one after the other, also with -j.
 .NOTPARALLEL:
-.PHONY: help setup build demo down test test-unit test-kernel test-node check vuln fmt bench bench-boot bench-eni campaign-eni clean
+.PHONY: help setup build demo down test test-unit test-kernel test-node check vuln fmt bench bench-boot bench-eni campaign-eni sweep-disk clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -61,6 +61,11 @@ campaign-eni: setup build ## break the network of pods at random, by a seed (SEE
 	@mkdir -p out
 	TKE_ENI='$(CURDIR)/bin/tke-eni' $(GO) test -tags kernel -count=1 -timeout 2h -run '^TestKernelCampaign' -exec '$(SUDO)' ./agent/eni/ \
 		-campaign $(CURDIR)/out/campaign-eni.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
+
+sweep-disk: ## make every read of 34 kinds of disks fail, for us and for mount-utils, and count who would format them; at most 10 min
+	@packaging/setup debian-packages debian-packages-sweep
+	cd lab/bench/mountutils && CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags='-s -w' -o ../../../bin/peer/mountutils .
+	$(GO) test -tags sweep -count=1 -v -timeout 10m -run '^TestSweep$$' ./agent/disk/ -peer $(CURDIR)/bin/peer/mountutils
 
 clean: down ## stop the lab and remove what was built here (the cache stays: ~/.cache/tkenode)
 	rm -rf bin out

@@ -54,6 +54,7 @@ type Agent struct {
 	sealed  atomic.Pointer[node.Sealed]
 	engine  atomic.Pointer[reconcile.Engine] // nil until a configuration is sealed
 	network atomic.Pointer[eni.Network]      // as engine
+	disks   atomic.Pointer[[]*disk.Disk]     // as engine
 }
 
 // Run serves the socket at once, waits for a sealed configuration, and then keeps
@@ -122,6 +123,7 @@ func (a *Agent) keep(ctx context.Context, s node.Sealed, cni net.Listener, colle
 	engine := reconcile.New(a.log, a.board, w.modules...)
 	a.engine.Store(engine)
 	a.network.Store(w.network)
+	a.disks.Store(&w.disks)
 
 	// Serve ends by itself when it fails: the others have to end with it.
 	ctx, stop := context.WithCancel(ctx)
@@ -139,6 +141,7 @@ type works struct {
 	modules []reconcile.Module
 	network *eni.Network
 	bus     *unit.Systemd
+	disks   []*disk.Disk
 	close   func()
 }
 
@@ -167,8 +170,12 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 	name := s.Config.Name(s.Facts)
 
 	var modules []reconcile.Module
+	var disks []*disk.Disk
 	for _, want := range s.Config.Disks {
-		modules = append(modules, disk.New(want, s.Facts.DataDisks, filepath.Join(stateDir, "disk"), log("disk")))
+		disks = append(disks, disk.New(disk.Options{
+			Want: want, Sealed: s, FirstBoot: sealedNow(s, node.ReportFile), Cloud: cloud, Ledger: filepath.Join(stateDir, "disk"), Log: log("disk"),
+		}))
+		modules = append(modules, disks[len(disks)-1])
 	}
 	modules = append(modules,
 		unit.Containerd(files, bus, containerd, seedFile),
@@ -185,10 +192,13 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 	if s.Config.CoreDNS.Enabled {
 		modules = append(modules, unit.CoreDNS(files, bus, s.Config.LocalDNS(), s.Config.Cluster.Domain))
 	}
-	return &works{modules, network, bus, func() {
+	return &works{modules, network, bus, disks, func() {
 		apiServer.Close()
 		containerd.Close()
 		bus.Close()
 		network.Close()
+		for _, d := range disks {
+			d.Close()
+		}
 	}}, nil
 }

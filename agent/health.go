@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 
 	"github.com/tkenode/tkenode/agent/api"
+	"github.com/tkenode/tkenode/agent/disk"
 	"github.com/tkenode/tkenode/agent/eni"
 	"github.com/tkenode/tkenode/agent/metrics"
 	"github.com/tkenode/tkenode/agent/node"
@@ -80,8 +82,41 @@ func (a *Agent) source(collector *metrics.Collector) api.Source {
 			}
 			return eni.Explanation{}, errNoNetwork
 		},
+		Disks: func() []disk.State {
+			all := []disk.State{}
+			for _, d := range a.knownDisks() {
+				all = append(all, d.State())
+			}
+			return all
+		},
+		Decide:  a.decide,
 		Metrics: collector,
 	}
+}
+
+func (a *Agent) knownDisks() []*disk.Disk {
+	if all := a.disks.Load(); all != nil {
+		return *all
+	}
+	return nil
+}
+
+// decide hands an operator's order to the disk that it is about.
+func (a *Agent) decide(ctx context.Context, o disk.Order) error {
+	var known []string
+	for _, d := range a.knownDisks() {
+		st := d.State()
+		if st.DiskID != o.DiskID {
+			known = append(known, cmp.Or(st.DiskID, st.Name))
+			continue
+		}
+		if err := d.Decide(ctx, o); err != nil {
+			return err
+		}
+		a.engine.Load().Wake(d.Name())
+		return nil
+	}
+	return fmt.Errorf("%s %.64q: %w: the NodeConfig's disks are %s", o.Act, o.DiskID, disk.ErrRefused, cmp.Or(strings.Join(known, ", "), "none"))
 }
 
 // errNoNetwork is what is known of the network before its modules are started.

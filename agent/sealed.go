@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -65,6 +66,14 @@ func readSealed(path string) (node.Sealed, error) {
 func confirmed(s node.Sealed, report string) bool {
 	r, err := readReport(report)
 	return err == nil && r.Digest == s.Digest
+}
+
+// sealedNow reports whether bootstrap has sealed the configuration in this boot. Of
+// one that was started once more since, the report does not tell any longer.
+func sealedNow(s node.Sealed, report string) bool {
+	r, err := readReport(report)
+	return err == nil && r.Digest == s.Digest &&
+		slices.ContainsFunc(r.Steps, func(step node.ReportStep) bool { return step.Name == "seal" })
 }
 
 // unsealed says, in bootstrap's words, why nothing is sealed.

@@ -40,3 +40,25 @@ func TestUnsealed(t *testing.T) {
 		}
 	}
 }
+
+// TestSealedNow: only the boot that sealed it counts, and only as long as it tells.
+func TestSealedNow(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "bootstrap.json")
+	sealed := node.Sealed{Digest: "sha256:1"}
+	if sealedNow(sealed, path) {
+		t.Error("without a report")
+	}
+	for text, want := range map[string]bool{
+		`{"digest": "sha256:1", "steps": [{"name": "sealed"}, {"name": "seal"}]}`: true,
+		`{"digest": "sha256:2", "steps": [{"name": "seal"}]}`:                     false,
+		`{"digest": "sha256:1", "steps": [{"name": "sealed"}]}`:                   false,
+		`{"digest": "sha256:1", "steps": [{"name": "seal"}`:                       false,
+	} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := sealedNow(sealed, path); got != want {
+			t.Errorf("%s: %v", text, got)
+		}
+	}
+}

@@ -2,9 +2,10 @@
 // /run/tkenode/tkenode.sock, for the person on call and for scripts on the node.
 //
 // The table in routes.go says what can be asked, and by whom. Everything is told
-// from memory except the plan and explanations, which are made anew; nothing that
-// is served can change the node, only make the agent look again. It is not the way to manage
-// many nodes: that is what the Node's conditions and the metrics are for.
+// from memory except the plan and explanations, which are made anew. Nothing that is
+// served changes the node by itself: it makes the agent look again, or tells it what
+// root has decided of a disk that it may not touch otherwise. It is not the way to
+// manage many nodes: that is what the Node's conditions and the metrics are for.
 package api
 
 import (
@@ -12,6 +13,7 @@ import (
 	"net/http"
 	"time"
 
+	"github.com/tkenode/tkenode/agent/disk"
 	"github.com/tkenode/tkenode/agent/eni"
 	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/agent/reconcile"
@@ -24,7 +26,7 @@ const Socket = "/run/tkenode/tkenode.sock"
 const Group = "tkenode"
 
 // Source is what the server tells. The agent fills it in; every function is safe
-// for concurrent use and, Plan and Explain apart, answers at once.
+// for concurrent use and, Plan, Explain and Decide apart, answers at once.
 type Source struct {
 	Version    string
 	Conditions func() []node.Condition
@@ -36,8 +38,11 @@ type Source struct {
 	// Warnings are what is wrong although the node may be Ready.
 	Warnings func() []node.Condition
 	ENI      func() (eni.State, error)
-	Explain  func(context.Context, eni.Question) (eni.Explanation, error)
-	Metrics  http.Handler
+	Disks    func() []disk.State
+	// Decide takes down what an operator has decided of a disk.
+	Decide  func(context.Context, disk.Order) error
+	Explain func(context.Context, eni.Question) (eni.Explanation, error)
+	Metrics http.Handler
 }
 
 // Status is how the node stands.

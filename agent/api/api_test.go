@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tkenode/tkenode/agent/disk"
 	"github.com/tkenode/tkenode/agent/eni"
 	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/agent/reconcile"
@@ -61,6 +62,16 @@ func source() Source {
 		},
 		ENI: func() (eni.State, error) {
 			return eni.State{Now: since, ENIs: []eni.ENIState{{Slot: eni.Slot{ENI: "eni-pods0001"}, Device: "eth1"}}}, nil
+		},
+		Disks: func() []disk.State { return []disk.State{{DiskID: "disk-abc12345", State: disk.Mounted}} },
+		Decide: func(_ context.Context, o disk.Order) error {
+			if o.DiskID == "disk-data0000" {
+				return fmt.Errorf("format: %w: it is mounted", disk.ErrRefused)
+			}
+			if o.PID != int32(os.Getpid()) || o.UID != uint32(os.Geteuid()) {
+				return fmt.Errorf("asked by %d of %d", o.PID, o.UID)
+			}
+			return nil
 		},
 		Explain: func(_ context.Context, q eni.Question) (eni.Explanation, error) {
 			if q.Pod == "default/nobody" {
@@ -434,4 +445,15 @@ func FuzzWake(f *testing.F) {
 			t.Errorf("%q woke an instance that there is not", body)
 		}
 	})
+}
+
+// TestDecide: the agent is told who decides, and says why it does not follow.
+func TestDecide(t *testing.T) {
+	c := client(t, serve(t, source()))
+	if err := c.Decide(t.Context(), disk.Order{Act: "format", DiskID: "disk-abc12345"}); err != nil {
+		t.Error(err)
+	}
+	if err := c.Decide(t.Context(), disk.Order{Act: "format", DiskID: "disk-data0000"}); err == nil || !strings.Contains(err.Error(), "it is mounted") {
+		t.Errorf("refused: %v", err)
+	}
 }

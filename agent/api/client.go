@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/tkenode/tkenode/agent/disk"
 	"github.com/tkenode/tkenode/agent/eni"
 	"github.com/tkenode/tkenode/agent/node"
 )
@@ -75,6 +76,16 @@ func (c *Client) Boot(ctx context.Context) (b Boot, err error) {
 // ENI asks for the ENIs, their addresses and the pods.
 func (c *Client) ENI(ctx context.Context) (s eni.State, err error) {
 	return s, c.call(ctx, http.MethodGet, "/v1/eni", nil, &s)
+}
+
+// Disks asks for the disks and the evidence of each.
+func (c *Client) Disks(ctx context.Context) (all []disk.State, err error) {
+	return all, c.call(ctx, http.MethodGet, "/v1/disks", nil, &all)
+}
+
+// Decide tells what an operator has decided of a disk.
+func (c *Client) Decide(ctx context.Context, o disk.Order) error {
+	return c.call(ctx, http.MethodPost, "/v1/disks", o, nil)
 }
 
 // Explain asks for the way of packets.

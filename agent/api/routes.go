@@ -7,6 +7,7 @@ import (
 	"net/http/pprof"
 	"net/netip"
 
+	"github.com/tkenode/tkenode/agent/disk"
 	"github.com/tkenode/tkenode/agent/eni"
 	"github.com/tkenode/tkenode/agent/node"
 )
@@ -39,6 +40,8 @@ var Routes = []Route{
 	{"GET", "/metrics", "what is pushed, in Prometheus' text format", read, (*Server).metrics},
 	{"GET", "/v1/boot", "the ledger of this boot", read, (*Server).boot},
 	{"GET", "/v1/config", "the sealed configuration, secrets left out", read, (*Server).config},
+	{"GET", "/v1/disks", "the disks of the NodeConfig, and the evidence of each", read, (*Server).disks},
+	{"POST", "/v1/disks", `adopt or format: {"act": "format", "diskID": "disk-1a2b3c4d", "serial": "disk-1a2b3c4d"}`, write, (*Server).decide},
 	{"GET", "/v1/eni", "ENIs, their addresses, and the pods that have them", read, (*Server).eni},
 	{"GET", "/v1/explain", "the way of packets of ?pod=NAMESPACE/NAME or ?ip=, with &to=", read, (*Server).explain},
 	{"GET", "/v1/facts", "what the metadata service said of this instance", read, (*Server).facts},
@@ -87,6 +90,30 @@ func (s *Server) config(w http.ResponseWriter, _ *http.Request) error {
 		return errUnsealed
 	}
 	return respond(w, sealed)
+}
+
+func (s *Server) disks(w http.ResponseWriter, _ *http.Request) error {
+	if _, ok := s.source.Sealed(); !ok {
+		return errUnsealed
+	}
+	return respond(w, s.source.Disks())
+}
+
+func (s *Server) decide(w http.ResponseWriter, r *http.Request) error {
+	var o disk.Order
+	if err := decode(w, r, &o); err != nil {
+		return err
+	}
+	p := r.Context().Value(peerKey{}).(peer)
+	o.UID, o.PID = p.uid, p.pid
+	err := s.source.Decide(r.Context(), o)
+	if errors.Is(err, disk.ErrRefused) {
+		return &httpError{http.StatusConflict, err.Error()}
+	}
+	if err != nil {
+		return err
+	}
+	return respond(w, struct{}{})
 }
 
 func (s *Server) eni(w http.ResponseWriter, _ *http.Request) error {

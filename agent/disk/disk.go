@@ -1,13 +1,16 @@
 // Package disk keeps the CBS data disks of a NodeConfig mounted: it finds each
-// disk by its live serial, formats it if and only if it is found blank, and
+// disk by its live serial, formats it if and only if it is proven blank, and
 // mounts it.
 //
 // It never formats a disk on which it finds anything, nor one of which any read
-// failed. A disk of up to 1 GiB is read in full. Of a larger one both ends, every
-// place at which a known format keeps a superblock, and a block in each of 1024
-// strata are read: data that lies in few places and begins at neither end can
-// be missed. What the cloud says of the disk's age, and full reads of large disks
-// beside everything else, are to close that gap. The package does not partition, resize, check or unmount, and it leaves the
+// failed. Both ends, every place at which a known format keeps a superblock, and a
+// block in each of 1024 strata are read and have to be zero. That is no proof, since
+// a raw database may begin in the middle, so the whole disk has to be accounted for
+// besides: either the cloud says that it is as new as the instance, which was never
+// started before, or every block of it is read. docs/disk.md says which evidence is
+// accepted, and why. Only an operator can have a disk formatted that is not blank.
+//
+// The package does not partition, resize, check or unmount, and it leaves the
 // disks of the CSI driver alone. A disk that it may not touch is described, with
 // the evidence, and left for a human.
 package disk
@@ -21,27 +24,50 @@ import (
 	"github.com/tkenode/tkenode/agent/node"
 )
 
-// settlePoll is how often is looked whether udev has settled.
-const settlePoll = 100 * time.Millisecond
+const (
+	settlePoll    = 100 * time.Millisecond // how often is looked whether udev has settled
+	progressEvery = time.Second            // as often is told how far the reading of a disk is
+)
 
 // Disk is one disk of the NodeConfig. It satisfies reconcile.Module.
 type Disk struct {
-	want   node.DiskConfig
-	listed []string // ids of the data disks that the metadata service knows
-	sys    string   // where sysfs is mounted
-	ledger ledger
-	log    *slog.Logger
+	want      node.DiskConfig
+	sealed    node.Sealed
+	firstBoot bool
+	cloud     Cloud
+	sys       string // where sysfs is mounted
+	ledger    ledger
+	log       *slog.Logger
+	account   account
 
 	// mu is held while the disk is looked at or changed: a look at a disk that is
-	// just being formatted would find something foreign on it.
-	mu sync.Mutex
+	// just being formatted would find something foreign on it. It guards the rest.
+	mu      sync.Mutex
+	proof   *proof // nil: no disk is being read
+	suspect suspect
 }
 
-// New returns the module for one disk of an instance that has the data disks
-// listed, as far as the metadata service says. What has been done to disks is
-// journalled in the directory state.
-func New(want node.DiskConfig, listed []string, state string, log *slog.Logger) *Disk {
-	return &Disk{want: want, listed: listed, sys: "/sys", ledger: ledger(state), log: log}
+// Options say which disk is kept, and by what.
+type Options struct {
+	Want      node.DiskConfig
+	Sealed    node.Sealed
+	FirstBoot bool // Sealed was sealed in this boot
+	Cloud     Cloud
+	Ledger    string // directory in which is journalled what has been done to disks
+	Log       *slog.Logger
+}
+
+// New returns the module for one disk.
+func New(o Options) *Disk {
+	return &Disk{want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", ledger: ledger(o.Ledger), log: o.Log}
+}
+
+// Close gives up what is read, unless something that hangs holds the disk.
+func (d *Disk) Close() {
+	if d.mu.TryLock() {
+		defer d.mu.Unlock()
+		d.drop()
+	}
 }
 
 // Name returns "disk/<disk id>", or "disk/data" for the only data disk.
@@ -65,12 +91,17 @@ func (d *Disk) Plan(ctx context.Context) (node.Plan, error) {
 	var p node.Plan
 	have, err := d.observe(ctx, true)
 	if err != nil {
+		d.stands(have, nil, err)
 		return p, err
 	}
 	steps, err := decide(d.want, have)
-	if node.ReasonOf(err, "") == "Settling" {
+	switch node.ReasonOf(err, "") {
+	case "Settling":
 		p.Again = settlePoll // nothing tells when udev is done
+	case "Proving":
+		p.Again = progressEvery
 	}
+	d.stands(have, steps, err)
 	for _, s := range steps {
 		p.Add(func(ctx context.Context) error { return d.do(ctx, s.verb) }, "%s", s.text)
 	}
@@ -107,13 +138,19 @@ func (d *Disk) do(ctx context.Context, v verb) error {
 	}
 	switch v {
 	case format:
-		return d.format(ctx, dev, have.Ledger[dev.Serial])
+		return d.format(ctx, dev, have)
 	case adopt:
+		if c := have.Decision; c != nil && c.is(actAdopt, dev) {
+			if err := d.ledger.use(c); err != nil {
+				return err
+			}
+		}
 		return d.ledger.write(entry{
 			DiskID: dev.Serial, MountPoint: d.want.MountPoint, State: stateFormatted,
-			FileSystem: d.want.FileSystem, UUID: have.Content.UUID, SizeBytes: dev.SizeBytes,
+			FileSystem: node.FileSystem(have.Content.Signatures[0]), UUID: have.Content.UUID, SizeBytes: dev.SizeBytes,
 		})
 	default:
-		return d.mount(dev)
+		defer d.account.begin("mount")()
+		return d.mount(dev, have.Content.Signatures[0])
 	}
 }

@@ -4,10 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"slices"
@@ -18,33 +16,43 @@ import (
 	"github.com/tkenode/tkenode/agent/node"
 )
 
-const (
-	lockPatience = 5 * time.Second // udev reads a new disk for some tens of milliseconds
-	mkfsDeadline = 5 * time.Minute // seconds without discard; more means that the disk hangs
-)
+// mkfsDeadline is far above the seconds that it takes without discard: more means
+// that the disk hangs.
+const mkfsDeadline = 5 * time.Minute
 
-// permit says that a disk has been proven blank and may be formatted, once. Only
+// permit says that a disk has been proven blank, or that an operator has decided
+// that what it holds is of no use, and that it may be formatted, once. Only
 // prove makes one, and only its method mkfs runs a program that writes.
 type permit struct {
-	disk *os.File // open, and so its name and number are no other disk's; locked
-	dev  device
-	uuid string // in the ledger already
+	disk  *os.File // open, and so its name and number are no other disk's; locked
+	dev   device
+	uuid  string // in the ledger already
+	proof string // what it rests on
+	erase bool   // it is not blank, and an operator has decided that it may be
 }
 
-// format makes the file system on dev if dev is blank.
-func (d *Disk) format(ctx context.Context, dev device, past entry) error {
-	p, err := d.prove(ctx, dev, past)
+// format makes the file system on dev if dev is blank, or an operator has decided.
+func (d *Disk) format(ctx context.Context, dev device, have observed) error {
+	p, err := d.prove(ctx, dev, have)
 	if err != nil {
 		return err
 	}
 	defer p.disk.Close()
-	if err := p.mkfs(ctx, d.want.FileSystem); err != nil {
+	if p.erase {
+		if err := p.wipe(); err != nil {
+			return fmt.Errorf("erase what %s holds: %w", dev, err)
+		}
+	}
+	done := d.account.begin("format")
+	err = p.mkfs(ctx, d.want.FileSystem)
+	done()
+	if err != nil {
 		return fmt.Errorf("make %s on %s: %w", d.want.FileSystem, dev, err)
 	}
 	if err := d.same(dev); err != nil {
 		return err
 	}
-	exclusive, err := reopen(p.disk)
+	exclusive, err := reopen(p.disk, unix.O_RDONLY)
 	if err != nil {
 		return fmt.Errorf("read back %s: %w", dev, err)
 	}
@@ -55,60 +63,56 @@ func (d *Disk) format(ctx context.Context, dev device, past entry) error {
 	if c.UUID != p.uuid || c.Label != label(dev.Serial) || !slices.Equal(c.Signatures, []string{string(d.want.FileSystem)}) {
 		return fmt.Errorf("read back %s: it holds %s, not the %s with uuid %s just made", dev, c, d.want.FileSystem, p.uuid)
 	}
-	return d.ledger.write(d.entry(dev, stateFormatted, p.uuid))
+	return d.ledger.write(d.entry(p, stateFormatted))
 }
 
-// prove returns a permit if dev is the right disk, used by nobody, and reads as
-// zero wherever inspect reads it. The disk is claimed exclusively while it is read.
-func (d *Disk) prove(ctx context.Context, dev device, past entry) (_ *permit, err error) {
-	// Not for writing: udev announces a change of a disk that was open for that, which
-	// would wake us to prove a disk that is not blank again, without end.
-	disk, err := d.open(dev, unix.O_RDONLY)
+// prove returns a permit if dev is the right disk, used by nobody, and proven
+// blank. Where an operator has decided, it need only be readable at its ends.
+func (d *Disk) prove(ctx context.Context, dev device, have observed) (_ *permit, err error) {
+	past := have.Ledger[dev.Serial]
+	order := have.Decision
+	if order != nil && !order.is(actFormat, dev) {
+		order = nil
+	}
+	var c *claim
+	var proof string
+	if order != nil {
+		c, proof, err = d.ordered(ctx, dev, order)
+	} else {
+		c, proof, err = d.blank(ctx, dev, past)
+	}
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			disk.Close()
+			c.close()
 		}
 	}()
-	if err := lock(ctx, disk); err != nil {
-		return nil, fmt.Errorf("lock %s: %w", dev, err)
-	}
-	exclusive, err := reopen(disk)
-	if err != nil {
-		return nil, fmt.Errorf("claim %s: %w", dev, err)
-	}
-	defer exclusive.Close()
-	bytes, err := disk.Seek(0, io.SeekEnd)
-	if err != nil || bytes != dev.SizeBytes {
-		return nil, fmt.Errorf("%s has %d bytes: %w", dev, bytes, errors.Join(err, errChanged))
-	}
-	c := inspect(reader{ctx, exclusive}, dev.SizeBytes)
-	if err := d.same(dev); err != nil {
+	if err := d.unchanged(c); err != nil {
 		return nil, err
 	}
-	switch {
-	case c.Unreadable != "":
-		return nil, fmt.Errorf("prove %s blank: %s", dev, c.Unreadable)
-	case !c.Blank: // where the plan has not looked
-		return nil, foreign(dev, c)
-	}
-	d.log.Info("proven blank", "disk", dev.String(), "proof", c.proof())
+	d.log.Info("may be formatted", "disk", dev.String(), "proof", proof)
 	uuid := past.UUID
-	if uuid == "" {
-		uuid = newUUID()
+	if uuid == "" || order != nil {
+		uuid = newUUID(have.Cluster)
 	}
-	if err := d.ledger.write(d.entry(dev, stateFormatting, uuid)); err != nil {
+	p := &permit{disk: c.disk, dev: dev, uuid: uuid, proof: proof, erase: order != nil}
+	if order != nil {
+		if err := d.ledger.use(order); err != nil {
+			return nil, err
+		}
+	}
+	if err := d.ledger.write(d.entry(p, stateFormatting)); err != nil {
 		return nil, err
 	}
-	return &permit{disk: disk, dev: dev, uuid: uuid}, nil
+	return p, c.exclusive.Close()
 }
 
-func (d *Disk) entry(dev device, state, uuid string) entry {
+func (d *Disk) entry(p *permit, state string) entry {
 	return entry{
-		DiskID: dev.Serial, MountPoint: d.want.MountPoint, FileSystem: d.want.FileSystem,
-		UUID: uuid, State: state, SizeBytes: dev.SizeBytes,
+		DiskID: p.dev.Serial, MountPoint: d.want.MountPoint, FileSystem: d.want.FileSystem,
+		UUID: p.uuid, State: state, SizeBytes: p.dev.SizeBytes, Proof: p.proof,
 	}
 }
 
@@ -143,36 +147,33 @@ func (p *permit) mkfs(ctx context.Context, fs node.FileSystem) error {
 	return nil
 }
 
-// reopen opens the same disk once more, for direct reads, and claims it: that
-// fails while anybody has it mounted, stacked or claimed.
-func reopen(disk *os.File) (*os.File, error) {
-	return os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", disk.Fd()), unix.O_RDONLY|unix.O_EXCL|unix.O_DIRECT, 0)
-}
-
-// lock takes the lock by which programs keep udev and each other off a disk.
-func lock(ctx context.Context, disk *os.File) error {
-	ctx, cancel := context.WithTimeout(ctx, lockPatience)
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := unix.Flock(int(disk.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			return err
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return fmt.Errorf("another program holds it: %w", err)
+// wipe writes zeros to every place at which a format is recognised, so that what
+// the disk held is not found beside the new file system.
+func (p *permit) wipe() error {
+	f, err := reopen(p.disk, unix.O_WRONLY)
+	if err != nil {
+		return err
+	}
+	zero := aligned(piece)
+	for _, w := range append([]span{{0, min(front, p.dev.SizeBytes)}}, windows(p.dev.SizeBytes)...) {
+		for at := w.from; at < w.to && err == nil; at += piece {
+			_, err = f.WriteAt(zero[:min(piece, w.to-at)], at)
 		}
 	}
+	err = errors.Join(err, f.Sync())
+	if err == nil && len(p.dev.Partitions) > 0 {
+		err = unix.IoctlSetInt(int(f.Fd()), unix.BLKRRPART, 0)
+	}
+	return errors.Join(err, f.Close())
 }
 
-// newUUID returns a random UUID (RFC 9562, version 4).
-func newUUID() string {
+// newUUID returns a UUID that is random but for its last six bytes, which name the
+// cluster (RFC 9562, version 8): another cluster's disk is told by it.
+func newUUID(cluster string) string {
 	var b [16]byte
 	rand.Read(b[:]) // never fails
-	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
-	s := hex.EncodeToString(b[:])
-	return s[:8] + "-" + s[8:12] + "-" + s[12:16] + "-" + s[16:20] + "-" + s[20:]
+	b[6], b[8] = b[6]&0x0f|0x80, b[8]&0x3f|0x80
+	mark := clusterMark(cluster)
+	copy(b[10:], mark[:])
+	return formatUUID(b[:])
 }

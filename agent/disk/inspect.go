@@ -18,32 +18,66 @@ const (
 	edge      = 16 << 20 // read in full at both ends
 	spot      = 64 << 10 // read around every other offset of interest
 	blockSize = 4096     // direct reads are aligned to it
-	// whole is up to what size all of a disk is read, which takes some seconds.
-	whole = 1 << 30
-	// Of a larger disk one block is read at random in each of as many strata, by
-	// a few readers: a cloud disk answers one in about a millisecond, and a Premium
-	// one of 20 GiB two thousand in a second.
+	// Of a disk one block is read at random in each of as many strata, by a few
+	// readers: a cloud disk answers one in about a millisecond, and a Premium one of
+	// 20 GiB two thousand in a second.
 	// Source: https://cloud.tencent.com/document/product/362/2353
 	strata  = 1024
 	readers = 16
+	// All of a disk is read in large pieces, by as many readers as it takes for the
+	// disk's throughput and not its latency to be the limit.
+	piece       = 1 << 20
+	fullReaders = 4
 )
 
-// inspect reads a disk of size bytes: all of a small one, and of a large one its
-// ends, the places of superblocks and a sample. r is read by several at once.
+// sampleText says what inspect reads.
+var sampleText = fmt.Sprintf("both ends, the places of superblocks and %d blocks all over it", strata)
+
+// inspect reads the ends, the places of superblocks and a sample of a disk of size
+// bytes. r is read by several at once.
 func inspect(r io.ReaderAt, size int64) content {
 	c := glance(r, size)
-	if !c.Blank {
-		return c
+	if c.Blank {
+		c = scan(r, windows(size))
 	}
-	if size <= whole {
-		c = scan(r, []span{{0, size}})
-		c.Whole = c.Blank
-		return c
+	if c.Blank {
+		c = sample(r, size)
 	}
-	if c = scan(r, windows(size)); !c.Blank {
-		return c
+	return c
+}
+
+// readAll reads every block of a disk, up to one that is not blank, and counts the
+// bytes.
+func readAll(r io.ReaderAt, size int64, read *atomic.Int64) content {
+	var next atomic.Int64
+	results := make(chan content, fullReaders)
+	for range fullReaders {
+		go func() {
+			buf := aligned(piece)
+			for at := (next.Add(1) - 1) * piece; at < size; at = (next.Add(1) - 1) * piece {
+				b := buf[:min(piece, size-at)]
+				if c := probe(r, b, at); !c.Blank {
+					next.Store(size/piece + 1) // the others need not go on
+					results <- c
+					return
+				}
+				read.Add(int64(len(b)))
+			}
+			results <- content{Blank: true}
+		}()
 	}
-	return sample(r, size)
+	return first(results, fullReaders)
+}
+
+// first returns of n results the one that is not blank, or the lowest of several.
+func first(results <-chan content, n int) content {
+	found := content{Blank: true}
+	for range n {
+		if c := <-results; !c.Blank && (found.Blank || c.at < found.at) {
+			found = c
+		}
+	}
+	return found
 }
 
 // glance reads what a disk is recognised by: its first and its last blocks. r has
@@ -86,13 +120,26 @@ func scan(r io.ReaderAt, spans []span) content {
 	return content{Blank: true}
 }
 
+// readable reads the ends of a disk, and the places of superblocks, whatever is there.
+func readable(r io.ReaderAt, size int64) error {
+	buf := aligned(piece)
+	for _, w := range append([]span{{0, min(front, size)}}, windows(size)...) {
+		for at := w.from; at < w.to; at += piece {
+			if err := readFull(r, buf[:min(piece, w.to-at)], at); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // probe reads b at an offset and says whether it is blank.
 func probe(r io.ReaderAt, b []byte, at int64) content {
 	if err := readFull(r, b, at); err != nil {
-		return content{Unreadable: err.Error()}
+		return content{Unreadable: err.Error(), at: at}
 	}
 	if i := nonZero(b); i >= 0 {
-		return content{Evidence: evidence(b, i, at)}
+		return content{Evidence: evidence(b, i, at), at: at + int64(i)}
 	}
 	return content{Blank: true}
 }
@@ -105,9 +152,9 @@ func sample(r io.ReaderAt, size int64) content {
 		go func() {
 			b := aligned(blockSize)
 			for i := next.Add(1) - 1; i < strata; i = next.Add(1) - 1 {
-				blocks := size / strata / blockSize
-				at := i*(size/strata) + rand.Int64N(blocks)*blockSize
-				if c := probe(r, b, at-at%blockSize); !c.Blank {
+				at := i*(size/strata) + rand.Int64N(max(1, size/strata/blockSize))*blockSize
+				at -= at % blockSize
+				if c := probe(r, b[:min(blockSize, size-at)], at); !c.Blank {
 					next.Store(strata) // the others need not go on
 					results <- c
 					return
@@ -116,13 +163,7 @@ func sample(r io.ReaderAt, size int64) content {
 			results <- content{Blank: true}
 		}()
 	}
-	worst := content{Blank: true}
-	for range readers {
-		if c := <-results; !c.Blank {
-			worst = c
-		}
-	}
-	return worst
+	return first(results, readers)
 }
 
 var zeros [1 << 20]byte

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -19,7 +20,7 @@ import (
 // observe reads what decide needs; what is on the disk, only if it is asked for
 // and nobody uses the disk.
 func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
-	have := observed{Listed: d.listed}
+	have := observed{Listed: d.sealed.Facts.DataDisks, Cluster: d.sealed.Config.Cluster.ID}
 	var err error
 	// A disk that is mounted needs no ledger.
 	have.Ledger, have.ledgerErr = d.ledger.read()
@@ -40,11 +41,26 @@ func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
 		return have, err
 	}
 	dev, err := bind(d.want, have)
-	if err != nil {
-		return have, nil // decide says it again
+	_, mounted := have.at(d.want.MountPoint)
+	if err != nil || mounted || have.ledgerErr != nil || unused(dev, have) != nil {
+		d.drop()         // whatever is read, it is not to be formatted
+		return have, nil // decide says why again
 	}
-	if _, ok := have.at(d.want.MountPoint); ok || !content || have.ledgerErr != nil || unused(dev, have) != nil {
+	if d.proof != nil && !d.proof.dev.is(dev) {
+		d.drop()
+	}
+	have.Decision = d.ledger.decision(dev.Serial)
+	if !content {
 		return have, nil
+	}
+	if p := d.proof; p != nil && !p.ended() {
+		have.Content.Proving = p.progress(time.Now())
+		return have, nil
+	} else if p != nil && p.found.Blank {
+		have.Content.Blank = true
+		return have, nil
+	} else if p != nil {
+		d.conclude(ctx) // which notes what was found, and where to look for it again
 	}
 	have.Content, err = d.look(ctx, dev)
 	return have, err
@@ -82,6 +98,11 @@ func (d *Disk) look(ctx context.Context, dev device) (content, error) {
 		return content{Busy: true}, nil
 	}
 	c := glance(reader{ctx, f}, dev.SizeBytes)
+	if c.Blank && d.suspect.dev.is(dev) {
+		// To read all of it once more for what is known would take as long again.
+		at := d.suspect.at - d.suspect.at%blockSize
+		c = probe(reader{ctx, f}, aligned(blockSize)[:min(blockSize, dev.SizeBytes-at)], at)
+	}
 	if err := ctx.Err(); err != nil {
 		return content{}, fmt.Errorf("read %s: %w", dev, err)
 	}
@@ -131,7 +152,7 @@ func (d *Disk) same(dev device) error {
 	if err != nil {
 		return err
 	}
-	if now.Serial != dev.Serial || now.Dev != dev.Dev || now.Seq != dev.Seq || now.SizeBytes != dev.SizeBytes {
+	if !now.is(dev) {
 		return fmt.Errorf("%s is now %s: %w", dev, now, errChanged)
 	}
 	return nil
@@ -139,7 +160,7 @@ func (d *Disk) same(dev device) error {
 
 // mount mounts dev, which observe has just found to hold the file system, and
 // checks that it is dev which got mounted.
-func (d *Disk) mount(dev device) error {
+func (d *Disk) mount(dev device, fs string) error {
 	pin, err := d.open(dev, unix.O_RDONLY)
 	if err != nil {
 		return err
@@ -154,10 +175,10 @@ func (d *Disk) mount(dev device) error {
 		d.log.Warn("the mount point stays writable when nothing is mounted on it", "disk", dev.Serial, "dir", target, "err", err)
 	}
 	options := ""
-	if d.want.FileSystem == node.Ext4 {
+	if fs == string(node.Ext4) {
 		options = "errors=remount-ro"
 	}
-	if err := unix.Mount("/dev/"+dev.Name, target, string(d.want.FileSystem), unix.MS_NOATIME, options); err != nil {
+	if err := unix.Mount("/dev/"+dev.Name, target, fs, unix.MS_NOATIME, options); err != nil {
 		return fmt.Errorf("mount %s on %s: %w", dev, target, err)
 	}
 	all, err := mounts()

@@ -54,7 +54,11 @@ func newBench(t *testing.T, fs node.FileSystem, prepare func(file string)) *benc
 		clearImmutable(mnt)
 		run(t, "losetup", "--detach", "/dev/"+b.loop)
 	})
-	b.Disk = New(node.DiskConfig{DiskID: serial, FileSystem: fs, MountPoint: mnt}, nil, filepath.Join(dir, "ledger"), slog.New(slog.DiscardHandler))
+	b.Disk = New(Options{
+		Want:   node.DiskConfig{DiskID: serial, FileSystem: fs, MountPoint: mnt},
+		Ledger: filepath.Join(dir, "ledger"), Log: slog.New(slog.DiscardHandler),
+	})
+	t.Cleanup(b.Disk.Close)
 	b.Disk.sys = filepath.Join(dir, "sys")
 	b.plug(t, b.loop, serial)
 	return b
@@ -67,7 +71,7 @@ func (b *bench) plug(t *testing.T, name, serial string) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for _, a := range []string{"dev", "size", "ro", "holders", "diskseq"} {
+	for _, a := range []string{"dev", "size", "ro", "holders", "diskseq", "stat"} {
 		if err := os.Symlink(filepath.Join("/sys/block", name, a), filepath.Join(dir, a)); err != nil {
 			t.Fatal(err)
 		}
@@ -206,7 +210,7 @@ func TestKernelForeignIsLeftAlone(t *testing.T) {
 			if oerr != nil {
 				t.Fatal(oerr)
 			}
-			if p, err := b.prove(t.Context(), have.Devices[0], entry{}); err == nil || p != nil {
+			if p, err := b.prove(t.Context(), have.Devices[0], have); err == nil || p != nil {
 				t.Error("a permit was given")
 			}
 			if b.hash(t) != before {

@@ -31,6 +31,7 @@ type entry struct {
 	UUID       string          `json:"uuid"`
 	State      string          `json:"state"`
 	SizeBytes  int64           `json:"sizeBytes"`
+	Proof      string          `json:"proof,omitempty"` // what it rested on that the disk was blank; empty: it was not ours to format
 	At         time.Time       `json:"at"`
 }
 
@@ -61,7 +62,7 @@ func (l ledger) read() (map[string]entry, error) {
 	for _, f := range files {
 		id, ok := strings.CutSuffix(f.Name(), ".json")
 		if !ok {
-			continue // what a crash left of a write; it was never renamed
+			continue // a decision, or what a crash left of a write; it was never renamed
 		}
 		path := filepath.Join(string(l), f.Name())
 		b, err := os.ReadFile(path)
@@ -96,7 +97,12 @@ func decodeEntry(id string, b []byte) (entry, error) {
 // write stores e, dated now, and returns once it is on stable storage.
 func (l ledger) write(e entry) error {
 	e.At = time.Now().UTC().Truncate(time.Second)
-	b, err := json.MarshalIndent(e, "", "  ")
+	return l.store(e.DiskID+".json", e)
+}
+
+// store writes v as a file, and returns once it is on stable storage.
+func (l ledger) store(name string, v any) error {
+	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return fmt.Errorf("encode disk ledger: %w", err)
 	}
@@ -106,7 +112,7 @@ func (l ledger) write(e entry) error {
 	if err := syncDir(filepath.Dir(string(l))); err != nil {
 		return fmt.Errorf("write disk ledger: %w", err)
 	}
-	path := filepath.Join(string(l), e.DiskID+".json")
+	path := filepath.Join(string(l), name)
 	f, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return fmt.Errorf("write disk ledger: %w", err)

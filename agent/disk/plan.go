@@ -2,6 +2,7 @@ package disk
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"regexp"
@@ -19,6 +20,9 @@ type observed struct {
 	Ledger  map[string]entry `json:"ledger,omitempty"` // by disk id
 	Content content          `json:"content,omitzero"` // of the wanted disk, unless it is mounted
 	Listed  []string         `json:"listed,omitempty"` // ids of the data disks that the metadata service knows
+	// Decision is what an operator has decided for the wanted disk, and not yet done.
+	Decision *decision `json:"decision,omitempty"`
+	Cluster  string    `json:"cluster,omitempty"` // of the node
 	// Link is where the mount point leads if a part of it is a symbolic link.
 	Link string `json:"link,omitempty"`
 	// Settling says that udev is at work: there may be devices that are not seen yet.
@@ -62,16 +66,18 @@ type content struct {
 	Unreadable string `json:"unreadable,omitempty"`
 	// Busy says that another program holds the disk's lock.
 	Busy bool `json:"busy,omitempty"`
-	// Blank says that all that was read is zero, Whole that it is all there is. A plan
-	// rests on a glance; who formats has the disk inspected.
+	// Blank says that all that was read is zero. A plan rests on a glance; who formats
+	// has the disk proven blank.
 	Blank bool `json:"blank,omitempty"`
-	Whole bool `json:"whole,omitempty"`
+	// Proving says how far the reading of every block is, if it is under way.
+	Proving string `json:"proving,omitempty"`
 	// Signatures names everything recognised; UUID and Label are those of the
 	// file system if there is exactly one signature and it is ext4 or xfs.
 	Signatures []string `json:"signatures,omitempty"`
 	UUID       string   `json:"uuid,omitempty"`
 	Label      string   `json:"label,omitempty"`
 	Evidence   string   `json:"evidence,omitempty"` // first bytes found, and where
+	at         int64    // of what was found beyond a glance
 }
 
 func (c content) String() string {
@@ -93,22 +99,6 @@ func (c content) String() string {
 		fmt.Fprintf(&b, ", %s", c.Evidence)
 	}
 	return b.String()
-}
-
-// proof says what the blankness of a disk rests on.
-func (c content) proof() string {
-	if c.Whole {
-		return "all of it was read and is zero"
-	}
-	return fmt.Sprintf("both ends, the places of superblocks and %d blocks all over it were read and are zero", strata)
-}
-
-// pending says what has yet to be read before a disk that looks blank is formatted.
-func pending(size int64) string {
-	if size <= whole {
-		return "all of it is"
-	}
-	return fmt.Sprintf("both ends, the places of superblocks and %d blocks all over it are", strata)
 }
 
 type verb string
@@ -273,30 +263,45 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 	fs := string(want.FileSystem)
 	mount := step{attach, fmt.Sprintf("mount %s (%s) on %s", dev.Serial, fs, want.MountPoint)}
 	one := len(c.Signatures) == 1 && len(dev.Partitions) == 0
+	ours := c.UUID != "" && (c.UUID == past.UUID || c.Label == label(dev.Serial))
+	decided := func(act string) bool { return have.Decision != nil && have.Decision.is(act, dev) }
 	switch {
-	case c.Busy:
-		return nil, node.Waiting("Busy", "%s is locked by another program", dev)
-	case c.Unreadable != "":
-		return nil, &node.Error{Class: node.ClassTransient, Reason: "Unreadable",
-			Err: fmt.Errorf("%s cannot be read, so it counts as holding data: %s", dev, c.Unreadable)}
+	case c.Proving != "":
+		return nil, node.Waiting("Proving", "%s", c.Proving)
 	case dev.ReadOnly:
 		return nil, node.Terminal("ReadOnly", "attach it writable", fmt.Errorf("%s is a read-only device", dev))
+	case c.Busy:
+		return nil, node.Waiting("Busy", "%s is locked by another program", dev)
+	case decided(actFormat):
+		return []step{{format, fmt.Sprintf("format %s with %s over whatever it holds, as %s", dev, fs, have.Decision)}, mount}, nil
+	case c.Unreadable != "":
+		return nil, unreadable(dev, c)
 	case c.Blank && past.State == stateFormatted:
-		return nil, node.Terminal("Lost", fmt.Sprintf("if its data may be lost, remove %s.json from tkenode's disk ledger", dev.Serial),
+		return nil, node.Terminal("Lost", "if its data may be lost, type: "+command(actFormat, dev),
 			fmt.Errorf("%s reads as blank, but was formatted on %s (uuid %s)", dev, past.At.Format("2006-01-02 15:04:05Z"), past.UUID))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
-		return []step{{format, fmt.Sprintf("format %s with %s once %s read as zero", dev, fs, pending(dev.SizeBytes))}, mount}, nil
-	case one && c.UUID != "" && (c.UUID == past.UUID || c.Label == label(dev.Serial)):
-		if c.Signatures[0] != fs {
+		return []step{{format, fmt.Sprintf("format %s with %s once it is proven blank", dev, fs)}, mount}, nil
+	case one && ours && c.UUID != past.UUID && otherCluster(c.UUID, have.Cluster) &&
+		want.WhenNotBlank != node.MountFound && !decided(actAdopt):
+		return nil, node.Terminal("OtherCluster", "attach another disk; or, to use it as it is, type: "+command(actAdopt, dev),
+			fmt.Errorf("%s holds tkenode's %s, made on a node of another cluster", dev, c))
+	case one && ours, one && adoptable(c) && (want.WhenNotBlank == node.MountFound || decided(actAdopt)):
+		found := c.Signatures[0]
+		mount.text = fmt.Sprintf("mount %s (%s) on %s", dev.Serial, found, want.MountPoint)
+		if found != fs && want.WhenNotBlank != node.MountFound {
 			return nil, node.Terminal("WrongFileSystem", fmt.Sprintf("set fileSystem: %s in the NodeConfig", c.Signatures[0]),
-				fmt.Errorf("%s holds tkenode's %s, the NodeConfig asks for %s", dev, c, fs))
+				fmt.Errorf("%s holds %s, the NodeConfig asks for %s", dev, c, fs))
 		}
 		if past.UUID == c.UUID && past.State == stateFormatted && past.MountPoint == want.MountPoint {
 			return []step{mount}, nil
 		}
-		return []step{{adopt, fmt.Sprintf("adopt %s: it holds tkenode's %s (uuid %s)", dev.Serial, fs, c.UUID)}, mount}, nil
+		whose := "tkenode's"
+		if !ours {
+			whose = "another's"
+		}
+		return []step{{adopt, fmt.Sprintf("adopt %s: it holds %s %s (uuid %s)", dev.Serial, whose, c.Signatures[0], c.UUID)}, mount}, nil
 	case past.State == stateFormatting:
-		return nil, node.Terminal("FormatInterrupted", eraseIt,
+		return nil, node.Terminal("FormatInterrupted", eraseIt+command(actFormat, dev),
 			fmt.Errorf("formatting %s began on %s and was cut off; it now holds %s", dev, past.At.Format("2006-01-02 15:04:05Z"), c))
 	}
 	if len(dev.Partitions) > 0 {
@@ -305,11 +310,31 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 	return nil, foreign(dev, c)
 }
 
-func foreign(dev device, c content) error {
-	return node.Terminal("Foreign", eraseIt, fmt.Errorf("%s is not blank and not tkenode's: it holds %s; nothing was written", dev, c))
+func unreadable(dev device, c content) error {
+	return &node.Error{Class: node.ClassTransient, Reason: "Unreadable",
+		Fix: "look at `dmesg`, and detach the disk if it is broken; if it holds nothing that you need and both its ends can be read, type: " + command(actFormat, dev),
+		Err: fmt.Errorf("%s cannot be read, so it counts as holding data: %s", dev, c.Unreadable)}
 }
 
-const eraseIt = "name another disk in the NodeConfig, or save what you need and attach a blank disk"
+// foreign says what a disk holds that is not ours.
+func foreign(dev device, c content) error {
+	reason, fix := "Foreign", eraseIt+command(actFormat, dev)
+	switch {
+	case len(c.Signatures) > 1:
+		reason = "Ambiguous" // whatever it is, more than one thing claims it
+	case adoptable(c):
+		fix = "to mount it as it is, type: " + command(actAdopt, dev) + "; or " + fix
+	}
+	return node.Terminal(reason, fix, fmt.Errorf("%s is not blank and not tkenode's: it holds %s; nothing was written", dev, c))
+}
+
+const eraseIt = "name another disk in the NodeConfig; or, once you have saved what you need of it, type: "
+
+// adoptable reports whether exactly one healthy file system was found that can be
+// mounted.
+func adoptable(c content) bool {
+	return c.UUID != "" && len(c.Signatures) == 1 && slices.Contains([]string{string(node.Ext4), string(node.XFS)}, c.Signatures[0])
+}
 
 // at returns the topmost mount at target.
 func (o observed) at(target string) (mount, bool) {
@@ -344,13 +369,18 @@ func (o observed) holdsRoot(d device) bool {
 	return ok && d.owns(m.Dev)
 }
 
+// is reports whether both are the same device, of the same size.
+func (d device) is(o device) bool {
+	return d.Serial == o.Serial && d.Dev == o.Dev && d.Seq == o.Seq && d.SizeBytes == o.SizeBytes
+}
+
 // owns reports whether dev is the device or one of its partitions.
 func (d device) owns(dev string) bool {
 	return d.Dev == dev || slices.ContainsFunc(d.Partitions, func(p part) bool { return p.Dev == dev })
 }
 
 func (d device) String() string {
-	return fmt.Sprintf("%s (/dev/%s, %s)", d.Serial, d.Name, size(d.SizeBytes))
+	return fmt.Sprintf("%s (/dev/%s, %s)", d.Serial, d.Name, Size(d.SizeBytes))
 }
 
 func names(all []device) string {
@@ -362,6 +392,18 @@ func names(all []device) string {
 	return strings.Join(out, ", ")
 }
 
+// clusterMark is what stands for a cluster in a UUID.
+func clusterMark(cluster string) [6]byte {
+	sum := sha256.Sum256([]byte("tkenode " + cluster))
+	return [6]byte(sum[:])
+}
+
+// otherCluster reports whether a file system that tkenode made was made on a node
+// of another cluster. One that was made before clusters were marked tells nothing.
+func otherCluster(uuid, cluster string) bool {
+	return len(uuid) == 36 && uuid[14] == '8' && uuid[24:] != fmt.Sprintf("%x", clusterMark(cluster))
+}
+
 // label returns the file system label that marks a disk as formatted by tkenode
 // for this disk id. xfs allows 12 bytes.
 func label(id string) string {
@@ -369,7 +411,8 @@ func label(id string) string {
 	return "tke-" + id[max(0, len(id)-8):]
 }
 
-func size(b int64) string {
+// Size writes a number of bytes for people.
+func Size(b int64) string {
 	for _, u := range []struct {
 		unit  int64
 		label string

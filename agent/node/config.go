@@ -155,11 +155,24 @@ const (
 	XFS  FileSystem = "xfs"
 )
 
+// WhenNotBlank says what becomes of a disk that holds a file system which tkenode
+// did not make.
+type WhenNotBlank string
+
+// What may become of it. Whatever holds anything else is refused.
+const (
+	RefuseFound WhenNotBlank = "refuse" // it is left alone, and the node waits for an operator; the default
+	MountFound  WhenNotBlank = "mount"  // exactly one file system, ext4 or xfs, is mounted as it is, as TKE does
+)
+
 // DiskConfig binds one CBS data disk to a directory.
 type DiskConfig struct {
 	DiskID     string     `json:"diskID,omitempty" yaml:"diskID"` // disk-xxxxxxxx, the disk's live serial; empty: the only data disk of the instance
 	FileSystem FileSystem `json:"fileSystem" yaml:"fileSystem"`   // default ext4
 	MountPoint string     `json:"mountPoint" yaml:"mountPoint"`   // absolute
+	// WhenNotBlank says whether a file system that tkenode did not make is mounted. A
+	// disk is formatted only if it is proven blank, whatever this says.
+	WhenNotBlank WhenNotBlank `json:"whenNotBlank,omitempty" yaml:"whenNotBlank"`
 }
 
 // KubeletConfig overrides settings of kubelet.

@@ -23,6 +23,7 @@ func defaults(c *node.Config, present map[string]int) {
 	fill(present, "network.nonMasqueradeCIDRs", &c.Network.NonMasqueradeCIDRs, node.PrivateNetworks)
 	for i := range c.Disks {
 		fill(present, index("disks", i)+".fileSystem", &c.Disks[i].FileSystem, node.Ext4)
+		fill(present, index("disks", i)+".whenNotBlank", &c.Disks[i].WhenNotBlank, node.RefuseFound)
 	}
 	fill(present, "metrics.interval", &c.Metrics.Interval, node.Duration(15*time.Second))
 	fill(present, "cloud.apiDomain", &c.Cloud.APIDomain, "internal.tencentcloudapi.com")

@@ -304,6 +304,9 @@ func (v *validator) disks(disks []node.DiskConfig) {
 		if d.FileSystem != node.Ext4 && d.FileSystem != node.XFS {
 			v.problem(at+".fileSystem", "found %s, expected ext4 or xfs", quote(string(d.FileSystem)))
 		}
+		if d.WhenNotBlank != node.RefuseFound && d.WhenNotBlank != node.MountFound {
+			v.problem(at+".whenNotBlank", "found %s, expected refuse or mount: what holds data is never formatted", quote(string(d.WhenNotBlank)))
+		}
 		if v.need(at+".mountPoint", d.MountPoint, "write the directory to mount it on, such as /var/lib/containerd") {
 			v.mountPoint(at+".mountPoint", d.MountPoint, disks[:i])
 		}

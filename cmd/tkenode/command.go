@@ -30,6 +30,7 @@ func commands() []command {
 	return []command{
 		statusCommand, planCommand, bootCommand, wakeCommand,
 		eniCommand, podsCommand, explainPodCommand, explainIPCommand,
+		disksCommand, explainDiskCommand, diskAdoptCommand, diskFormatCommand,
 		configShowCommand, configCheckCommand,
 		agentCommand, bootstrapCommand,
 		versionCommand, helpCommand(),

@@ -34,6 +34,9 @@ type diskOut struct {
 	Portable           bool
 	Shareable          bool
 	Encrypt            bool
+	Rollbacking        bool
+	Migrating          bool
+	SnapshotCount      int
 	CreateTime         string
 	Placement          placement
 }

@@ -30,6 +30,7 @@ type dataDiskOut struct {
 	DiskType           string
 	DiskId             string
 	DeleteWithInstance bool
+	SnapshotId         *string // null: it was not made from one
 }
 
 type systemDiskOut struct {
@@ -46,6 +47,7 @@ type instanceOut struct {
 	InstanceName        string
 	InstanceType        string
 	InstanceState       string
+	LatestOperation     *string // null: none but the launch
 	RestrictState       string
 	InstanceChargeType  string
 	CPU                 int
@@ -81,7 +83,11 @@ func (r *Region) describeInstance(in Instance, disks []Disk) instanceOut {
 		case d.System:
 			out.SystemDisk = systemDiskOut{d.SizeGiB, d.Type, d.ID}
 		default:
-			out.DataDisks = append(out.DataDisks, dataDiskOut{d.SizeGiB, d.Type, d.ID, d.DeleteWithInstance})
+			data := dataDiskOut{d.SizeGiB, d.Type, d.ID, d.DeleteWithInstance, nil}
+			if d.Snapshot != "" {
+				data.SnapshotId = &d.Snapshot
+			}
+			out.DataDisks = append(out.DataDisks, data)
 		}
 	}
 	return out

@@ -136,6 +136,9 @@ func (r *Region) create(spec InstanceSpec) (Instance, []ENI, []Disk, error) {
 		disks = append(disks, Disk{
 			ID: newID("disk-"), Type: cmp.Or(d.Type, defaultDiskType), SizeGiB: d.SizeGiB, Content: d.Content, DeleteWithInstance: d.DeleteWithInstance,
 		})
+		if d.Content != "" {
+			disks[len(disks)-1].Snapshot = newID("snap-")
+		}
 	}
 	for i := range disks {
 		d := &disks[i]

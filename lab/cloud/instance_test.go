@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/tkenode/tkenode/agent/tencent"
 	"github.com/tkenode/tkenode/lab/cloud"
 )
 
@@ -158,4 +159,41 @@ func TestSnapshotHasNoSecrets(t *testing.T) {
 	if !strings.Contains(string(b), l.instance.ID) {
 		t.Errorf("snapshot %s lacks the instance", b)
 	}
+}
+
+// TestDataDiskOfALaunch: what the API says of a disk that came with its instance,
+// and of one that was made from a snapshot.
+func TestDataDiskOfALaunch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(t, instant())
+		made, err := l.Launch(t.Context(), cloud.InstanceSpec{DataDisks: []cloud.DiskSpec{{SizeGiB: 10, Content: "content"}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for id, snapshot := range map[string]bool{l.instance.ID: false, made.ID: true} {
+			in, err := l.api.DescribeInstance(t.Context(), id)
+			if err != nil || len(in.DataDisks) != 1 || (in.DataDisks[0].SnapshotID != "") != snapshot || in.LatestOperation != "" {
+				t.Fatalf("%+v, %v", in, err)
+			}
+			d, err := l.api.DescribeDisk(t.Context(), in.DataDisks[0].ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if d.State != tencent.DiskAttached || d.InstanceID != id || d.LastInstanceID != id || d.Usage != "DATA_DISK" ||
+				len(d.InstanceIDs) != 0 || d.Shareable || d.Rollbacking || d.Migrating || d.Snapshots != 0 {
+				t.Errorf("%+v", d)
+			}
+			began, err1 := in.Created()
+			created, err2 := d.Created()
+			if now := time.Now().Truncate(time.Second); err1 != nil || err2 != nil || !created.Equal(began) || !created.Equal(now) {
+				t.Errorf("instance of %v (%v), disk of %v (%v), now %v", began, err1, created, err2, now)
+			}
+		}
+		if d, err := l.api.DescribeDisk(t.Context(), "disk-none0000"); err == nil {
+			t.Errorf("a disk that is not there: %+v", d)
+		}
+		if in, err := l.api.DescribeInstance(t.Context(), "ins-none0000"); err == nil {
+			t.Errorf("an instance that is not there: %+v", in)
+		}
+	})
 }

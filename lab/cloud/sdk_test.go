@@ -96,6 +96,8 @@ var requests = map[string]any{
 	"DescribeSubnets":                 vpc.DescribeSubnetsRequest{},
 	"DescribeVpcTaskResult":           vpc.DescribeVpcTaskResultRequest{},
 	"DescribeZones":                   cvm.DescribeZonesRequest{},
+	"DescribeDisks":                   cbs.DescribeDisksRequest{},
+	"DescribeInstances":               cvm.DescribeInstancesRequest{},
 }
 
 // answers are the SDK's structs for what each action answers.

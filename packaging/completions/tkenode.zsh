@@ -9,7 +9,9 @@ if (( CURRENT == 2 )); then
 		'wake:have one instance, or all of them, look again now'
 		'eni:the ENIs, their addresses, and what the pool waits for'
 		'pods:the pods that have a VPC address, and how they are wired'
-		'explain:pod, ip'
+		'explain:pod, ip, disk'
+		'disks:the disks of the NodeConfig, and how each stands'
+		'disk:adopt, format'
 		'config:show, check'
 		'agent:keep this CVM a working node; systemd runs it'
 		'bootstrap:join the cluster that the user-data names; systemd runs it at every boot'
@@ -31,10 +33,15 @@ case "$words[2] $words[3]" in
 "pods "*) compadd -- -o ;;
 "explain pod") compadd -- -o --to ;;
 "explain ip") compadd -- -o --to ;;
+"disks "*) compadd -- -o ;;
+"explain disk") compadd -- -o ;;
+"disk adopt") compadd -- --i-have-checked ;;
+"disk format") compadd -- --i-have-checked ;;
 "config check") compadd -- -o ;;
 "bootstrap "*) compadd -- --user-data ;;
-"explain "*) (( CURRENT == 3 )) && compadd pod ip || _files ;;
+"explain "*) (( CURRENT == 3 )) && compadd pod ip disk || _files ;;
+"disk "*) (( CURRENT == 3 )) && compadd adopt format || _files ;;
 "config "*) (( CURRENT == 3 )) && compadd show check || _files ;;
-"help "*) compadd status plan boot wake eni pods explain config agent bootstrap version help ;;
+"help "*) compadd status plan boot wake eni pods explain disks disk config agent bootstrap version help ;;
 *) _files ;;
 esac
