@@ -252,18 +252,11 @@ func (p *Paths) settleWhole(s state, sc scene, converged bool) {
 func (p *Paths) wholeSlots() map[int]int { return *p.whole.Load() }
 
 func (o wholeRoute) put(k *kernel) error {
-	if o.barred {
-		pod, err := k.enter(o.pod.NetNS)
-		if err != nil {
-			return err
-		}
-		return pod.nl.RouteReplace(&netlink.Route{Family: netlink.FAMILY_V4, Type: unix.RTN_UNREACHABLE, Priority: lastMetric, Dst: netOf(o.dst)})
-	}
 	dev := o.pod
 	r := netlink.Route{Family: netlink.FAMILY_V4, Src: o.pod.Addr.AsSlice(), Gw: podGateway.AsSlice(), Dst: prefixOf(netip.Addr{}, false)}
 	if o.dst.IsValid() {
 		dev = o.pod.leg()
-		r.Dst = netOf(o.dst)
+		r.Dst = &net.IPNet{IP: o.dst.Addr().AsSlice(), Mask: net.CIDRMask(o.dst.Bits(), 32)}
 	} else {
 		r.Gw, r.Flags = o.pod.Gateway.AsSlice(), int(netlink.FLAG_ONLINK)
 	}
@@ -273,10 +266,6 @@ func (o wholeRoute) put(k *kernel) error {
 	}
 	r.LinkIndex = l.Attrs().Index
 	return pod.nl.RouteReplace(&r)
-}
-
-func netOf(p netip.Prefix) *net.IPNet {
-	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
 // observeInside returns what is inside of a pod.
@@ -321,7 +310,8 @@ func (k *kernel) observeInside(p Pod) ([]object, error) {
 			have = append(have, o)
 		}
 	}
-	return have, nil
+	guard, err := pod.observeGuard(p)
+	return append(have, guard...), err
 }
 
 func (k *podKernel) observeENI(p Pod, l netlink.Link) ([]object, error) {
@@ -364,10 +354,6 @@ func wholeRouteOf(p Pod, r netlink.Route, names map[int]string) wholeRoute {
 		if bits, _ := r.Dst.Mask.Size(); bits != 0 {
 			o.dst = netip.PrefixFrom(addrOf(r.Dst.IP), bits)
 		}
-	}
-	if r.Type == unix.RTN_UNREACHABLE && r.Priority == lastMetric {
-		o.barred = true
-		return o
 	}
 	gateway, dev, flags := podGateway, podVeth, 0
 	if !o.dst.IsValid() {

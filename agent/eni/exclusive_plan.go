@@ -91,8 +91,7 @@ func (pol policy) wholeObjects(p Pod, mac, hostMAC string) []object {
 	for _, to := range pol.services {
 		out = append(out, wholeRoute{pod: p, dst: to})
 	}
-	// A process may bind its socket to a device, and so pass a route by another one.
-	return append(out, wholeRoute{pod: p, dst: linkLocalRange, barred: true})
+	return append(out, podGuard{pod: p})
 }
 
 // leg is the pod as its veth has it.
@@ -151,18 +150,14 @@ func podENIAttr(name string, down bool, other []string) string {
 }
 
 // wholeRoute is a route of a pod that has an ENI: the default one through the ENI's
-// gateway, or one through the node, or one that leads nowhere what no other takes.
+// gateway, or one through the node.
 type wholeRoute struct {
-	pod    Pod
-	dst    netip.Prefix // invalid: default
-	barred bool
-	found  string
+	pod   Pod
+	dst   netip.Prefix // invalid: default
+	found string
 }
 
 func (o wholeRoute) key() string {
-	if o.barred {
-		return fmt.Sprintf("pod %s route %s metric %d", o.pod, o.dst, lastMetric)
-	}
 	if o.dst.IsValid() {
 		return fmt.Sprintf("pod %s route %s", o.pod, o.dst)
 	}
@@ -173,10 +168,25 @@ func (o wholeRoute) attr() string {
 	switch {
 	case o.found != "":
 		return o.found
-	case o.barred:
-		return "unreachable"
 	case o.dst.IsValid():
 		return fmt.Sprintf("via %s dev %s src %s", podGateway, podVeth, o.pod.Addr)
 	}
 	return fmt.Sprintf("via %s dev %s onlink src %s", o.pod.Gateway, o.pod.IfName, o.pod.Addr)
+}
+
+// podGuard keeps packets to link-local addresses from leaving by the ENI: a process
+// may bind its socket to a device, and the kernel then asks no route.
+// Source: SO_BINDTODEVICE in socket(7); ip_route_output_key_hash_rcu in the kernel's
+// net/ipv4/route.c
+type podGuard struct {
+	pod   Pod
+	found string
+}
+
+func (o podGuard) key() string { return fmt.Sprintf("pod %s nft table inet %s", o.pod, nftTable) }
+func (o podGuard) attr() string {
+	if o.found != "" {
+		return o.found
+	}
+	return fmt.Sprintf("nothing to %s by %s", linkLocalRange, o.pod.IfName)
 }

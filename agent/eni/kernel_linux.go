@@ -420,11 +420,15 @@ func putLink(nl *netlink.Handle, l netlink.Link, mac string, mtu int) error {
 }
 
 func (o address) put(k *kernel) error {
-	l, err := k.nl.LinkByName(o.dev)
+	l, err := k.link(o.dev)
 	if err != nil {
 		return err
 	}
-	return ignore(k.nl.AddrAdd(l, addrNow(o.addr, netlink.SCOPE_LINK)), unix.EEXIST)
+	scope := netlink.SCOPE_LINK
+	if o.host {
+		scope = netlink.SCOPE_HOST
+	}
+	return ignore(k.nl.AddrAdd(l, addrNow(o.addr, scope)), unix.EEXIST)
 }
 
 // ipNet returns the address as a /32 or /128.

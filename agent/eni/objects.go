@@ -55,10 +55,11 @@ func linkAttr(down bool, mac string, mtu int) string {
 }
 
 // address is an address of an ENI's own on its link: the primary one and, for IPv6,
-// one that is valid on the link only.
+// one that is valid on the link only. One of the host's scope is never a source.
 type address struct {
 	dev  string
 	addr netip.Addr
+	host bool
 }
 
 func (o address) key() string  { return fmt.Sprintf("address %s dev %s", o.addr, o.dev) }

@@ -127,9 +127,13 @@ func (p *Paths) Plan(ctx context.Context) (node.Plan, error) {
 	if p.fighting(now) {
 		plan.Rest = fightRest
 	}
-	// Whatever is to be forgotten. In a fight the condition would come and go with
-	// every repair; the warning says it instead.
-	plan.Serving = (len(steps) == 0 || plan.Rest > 0) && waiting == nil
+	// Whatever is to be forgotten, or is of an ENI that no pod has. In a fight the
+	// condition would come and go with every repair; the warning says it instead.
+	serving := !slices.ContainsFunc(steps, func(st step) bool {
+		_, idle := st.object.(parked)
+		return !idle
+	})
+	plan.Serving = (serving || plan.Rest > 0) && waiting == nil
 	if !plan.Empty() {
 		return plan, nil
 	}

@@ -346,6 +346,13 @@ func (pol policy) hostObjects(p Pod) []object {
 		out = append(out, sysctl{"net/ipv6/conf/" + name + "/disable_ipv6", "1"})
 	}
 	out = append(out, link{dev: name, mac: mac, mtu: p.MTU})
+	if p.exclusive() {
+		// On a device without an address rp_filter takes nothing whose answer would
+		// leave by another one, also where it is loose, and the node's own rule that leads
+		// to the pod is not for answers.
+		// Source: __fib_validate_source in the kernel's net/ipv4/fib_frontend.c
+		out = append(out, address{dev: name, addr: podGateway, host: true})
+	}
 	if p.Addr6.IsValid() {
 		out = append(out, neighbour{dev: name, addr: p.Addr6, mac: podMAC})
 	}
