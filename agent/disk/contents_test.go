@@ -61,27 +61,6 @@ func basicContents() []diskContent {
 	}
 }
 
-// toolContents are those of tools that packaging/debian-packages-sweep lists.
-func toolContents() []diskContent {
-	const size = 128 * mib
-	sfdisk := func(name, in string) diskContent {
-		return diskContent{name: name, size: size, tool: []string{"sfdisk", "-q"}, in: in}
-	}
-	return []diskContent{
-		{name: "btrfs", size: size, tool: []string{"mkfs.btrfs", "-q"}},
-		{name: "LUKS2", size: size, in: "secret", tool: []string{"cryptsetup", "-q", "luksFormat", "--type", "luks2", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file", "-"}},
-		{name: "NTFS", size: size, tool: []string{"mkntfs", "-q", "-F", "-f"}},
-		{name: "vfat", size: size, tool: []string{"mkfs.vfat", "-F", "32"}},
-		{name: "exFAT", size: size, tool: []string{"mkfs.exfat"}},
-		{name: "f2fs", size: size, tool: []string{"mkfs.f2fs", "-q"}},
-		{name: "iso9660", size: size, tool: []string{"genisoimage", "-quiet", "-graft-points", "-o", "", "hosts=/etc/hosts"}},
-		sfdisk("GPT", "label: gpt\n"),
-		sfdisk("GPT, two partitions", "label: gpt\n,60M\n,\n"),
-		sfdisk("MBR", "label: dos\n"),
-		sfdisk("MBR, two partitions", "label: dos\n,60M\n,\n"),
-	}
-}
-
 // make makes the disk as a sparse file.
 func (c diskContent) make(t *testing.T, dir string) string {
 	t.Helper()
