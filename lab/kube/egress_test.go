@@ -51,9 +51,9 @@ func echo(ctx context.Context, network, address string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer l.Close()
 	go func() {
 		c, err := l.Accept()
+		l.Close() // not before: the connection would go with it
 		if err != nil {
 			return
 		}
