@@ -39,6 +39,7 @@ type Disk struct {
 	ledger    ledger
 	log       *slog.Logger
 	account   account
+	patience  time.Duration // readPatience, but in tests
 
 	// mu is held while the disk is looked at or changed: a look at a disk that is
 	// just being formatted would find something foreign on it. It guards the rest.
@@ -59,7 +60,7 @@ type Options struct {
 
 // New returns the module for one disk.
 func New(o Options) *Disk {
-	return &Disk{want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", ledger: ledger(o.Ledger), log: o.Log}
+	return &Disk{want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", ledger: ledger(o.Ledger), log: o.Log, patience: readPatience}
 }
 
 // Close gives up what is read, unless something that hangs holds the disk.

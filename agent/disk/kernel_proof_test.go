@@ -85,6 +85,7 @@ func TestKernelReadingIsGivenUp(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t, node.Ext4, func(f string) { truncate(t, f, 64<<30) })
+			b.patience = 1100 * time.Millisecond // from a second on, the rate is told
 			p, err := b.plan(t)
 			if err != nil {
 				t.Fatal(err)
@@ -109,12 +110,16 @@ func TestKernelReadingIsGivenUp(t *testing.T) {
 // TestKernelWrittenMeanwhile: what was written behind the reader's back is found.
 func TestKernelWrittenMeanwhile(t *testing.T) {
 	b := newBench(t, node.Ext4, func(f string) { truncate(t, f, 24<<30) })
+	b.patience = 0
 	p, err := b.plan(t)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := b.Apply(t.Context(), p); node.ReasonOf(err, "") != "Proving" {
 		t.Fatal(err)
+	}
+	for b.proof.read.Load() < 200<<20 {
+		time.Sleep(time.Millisecond)
 	}
 	f, err := os.OpenFile("/dev/"+b.loop, os.O_WRONLY|os.O_SYNC, 0)
 	if err != nil {
@@ -123,6 +128,7 @@ func TestKernelWrittenMeanwhile(t *testing.T) {
 	f.WriteAt([]byte("data"), 100<<20) // it has been read already
 	f.Close()
 	<-b.proof.done
+	b.patience = readPatience
 	if p, err = b.plan(t); err != nil || p.Empty() {
 		t.Fatalf("%v%v", p, err)
 	}
@@ -183,6 +189,7 @@ func TestKernelVouched(t *testing.T) {
 			client.HTTP.Transport = direct{region.API(), in.PrivateIP.String()}
 
 			b := newBench(t, node.Ext4, func(f string) { truncate(t, f, 20<<30) })
+			b.patience = 0
 			b.sealed.Generation, b.firstBoot, b.cloud = 1, true, client
 			if b.sealed.Facts, err = metadata.Facts(t.Context()); err != nil {
 				t.Fatal(err)

@@ -202,7 +202,7 @@ func (d *Disk) begin(c *claim, why string) {
 // conclude returns what blank does once the disk has been read.
 func (d *Disk) conclude(ctx context.Context) (*claim, string, error) {
 	p := d.proof
-	patience := time.NewTimer(readPatience)
+	patience := time.NewTimer(d.patience)
 	defer patience.Stop()
 	select {
 	case <-p.done:
