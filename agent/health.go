@@ -58,11 +58,14 @@ func (a *Agent) source(collector *metrics.Collector) api.Source {
 		Sealed: a.currentSealed,
 		Boot:   func() api.Boot { return a.ledger.boot(node.ReportFile) },
 		Warnings: func() []node.Condition {
+			warnings := disk.Warnings(a.diskStates())
+			if o := a.others.Load(); o != nil {
+				warnings = append(warnings, o.Warnings()...)
+			}
 			n := a.network.Load()
 			if n == nil {
-				return nil
+				return warnings
 			}
-			var warnings []node.Condition
 			for _, c := range []*node.Condition{n.Exhausted(), n.Undone()} {
 				if c != nil {
 					warnings = append(warnings, *c)
@@ -82,13 +85,8 @@ func (a *Agent) source(collector *metrics.Collector) api.Source {
 			}
 			return eni.Explanation{}, errNoNetwork
 		},
-		Disks: func() []disk.State {
-			all := []disk.State{}
-			for _, d := range a.knownDisks() {
-				all = append(all, d.State())
-			}
-			return all
-		},
+		Disks:   a.diskStates,
+		Volumes: a.volumeState,
 		Decide:  a.decide,
 		Metrics: collector,
 	}
@@ -99,6 +97,26 @@ func (a *Agent) knownDisks() []*disk.Disk {
 		return *all
 	}
 	return nil
+}
+
+func (a *Agent) diskStates() []disk.State {
+	all := []disk.State{}
+	for _, d := range a.knownDisks() {
+		all = append(all, d.State())
+	}
+	return all
+}
+
+func (a *Agent) volumeState() api.Volumes {
+	v := api.Volumes{Others: []disk.Other{}}
+	if o := a.others.Load(); o != nil {
+		all, _, _ := o.All()
+		v.Others = append(v.Others, all...)
+	}
+	if c := a.volumes.Load(); c != nil {
+		v.Limit = c.Limit()
+	}
+	return v
 }
 
 // decide hands an operator's order to the disk that it is about.

@@ -10,9 +10,10 @@
 // started before, or every block of it is read. docs/disk.md says which evidence is
 // accepted, and why. Only an operator can have a disk formatted that is not blank.
 //
-// The package does not partition, resize, check or unmount, and it leaves the
-// disks of the CSI driver alone. A disk that it may not touch is described, with
-// the evidence, and left for a human.
+// A mounted file system is grown when its device is, and trimmed once a week. The
+// package does not partition, check or unmount, and it leaves the disks of the CSI
+// driver alone. A disk that it may not touch is described, with the evidence, and
+// left for a human.
 package disk
 
 import (
@@ -46,6 +47,7 @@ type Disk struct {
 	mu      sync.Mutex
 	proof   *proof // nil: no disk is being read
 	suspect suspect
+	growth  growth
 }
 
 // Options say which disk is kept, and by what.
@@ -68,6 +70,7 @@ func (d *Disk) Close() {
 	if d.mu.TryLock() {
 		defer d.mu.Unlock()
 		d.drop()
+		d.abandon()
 	}
 }
 
@@ -102,8 +105,12 @@ func (d *Disk) Plan(ctx context.Context) (node.Plan, error) {
 	case "Proving":
 		p.Again = progressEvery
 	}
+	if have.Growing != "" {
+		p.Again = growPoll
+	}
 	d.stands(have, steps, err)
 	for _, s := range steps {
+		p.Serving = s.verb == grow // which nobody has to wait for
 		p.Add(func(ctx context.Context) error { return d.do(ctx, s.verb) }, "%s", s.text)
 	}
 	return p, err
@@ -150,6 +157,9 @@ func (d *Disk) do(ctx context.Context, v verb) error {
 			DiskID: dev.Serial, MountPoint: d.want.MountPoint, State: stateFormatted,
 			FileSystem: node.FileSystem(have.Content.Signatures[0]), UUID: have.Content.UUID, SizeBytes: dev.SizeBytes,
 		})
+	case grow:
+		m, _ := have.at(d.want.MountPoint)
+		return d.grow(ctx, dev, m, have.FSBytes)
 	default:
 		defer d.account.begin("mount")()
 		return d.mount(dev, have.Content.Signatures[0])

@@ -41,7 +41,10 @@ func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
 		return have, err
 	}
 	dev, err := bind(d.want, have)
-	_, mounted := have.at(d.want.MountPoint)
+	m, mounted := have.at(d.want.MountPoint)
+	if err == nil && mounted {
+		d.size(dev, m, &have)
+	}
 	if err != nil || mounted || have.ledgerErr != nil || unused(dev, have) != nil {
 		d.drop()         // whatever is read, it is not to be formatted
 		return have, nil // decide says why again

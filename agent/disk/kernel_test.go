@@ -71,7 +71,7 @@ func (b *bench) plug(t *testing.T, name, serial string) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for _, a := range []string{"dev", "size", "ro", "holders", "diskseq", "stat"} {
+	for _, a := range []string{"dev", "size", "ro", "holders", "diskseq", "stat", "queue"} {
 		if err := os.Symlink(filepath.Join("/sys/block", name, a), filepath.Join(dir, a)); err != nil {
 			t.Fatal(err)
 		}

@@ -100,6 +100,20 @@ func (l ledger) write(e entry) error {
 	return l.store(e.DiskID+".json", e)
 }
 
+// resize notes that a disk, and what is on it, is larger than it was.
+func (l ledger) resize(id string, size int64) error {
+	all, err := l.read()
+	if err != nil {
+		return err
+	}
+	e, ok := all[id]
+	if !ok || e.SizeBytes == size {
+		return nil
+	}
+	e.SizeBytes = size
+	return l.store(id+".json", e) // dated as it was: nothing else was done
+}
+
 // store writes v as a file, and returns once it is on stable storage.
 func (l ledger) store(name string, v any) error {
 	b, err := json.MarshalIndent(v, "", "  ")

@@ -26,8 +26,12 @@ type observed struct {
 	// Link is where the mount point leads if a part of it is a symbolic link.
 	Link string `json:"link,omitempty"`
 	// Settling says that udev is at work: there may be devices that are not seen yet.
-	Settling  bool  `json:"settling,omitempty"`
-	ledgerErr error // why Ledger is not complete; nil: it is
+	Settling bool `json:"settling,omitempty"`
+	// FSBytes is the size of the file system where the disk is mounted; 0: not known.
+	FSBytes   int64  `json:"fsBytes,omitempty"`
+	Growing   string `json:"growing,omitempty"`  // what grows, while it does
+	NotGrown  int64  `json:"notGrown,omitempty"` // size of the device at which growing was refused
+	ledgerErr error  // why Ledger is not complete; nil: it is
 }
 
 // device is a whole block device with a serial attribute.
@@ -107,6 +111,7 @@ const (
 	format verb = "format"
 	adopt  verb = "adopt"
 	attach verb = "mount"
+	grow   verb = "grow"
 )
 
 type step struct {
@@ -125,7 +130,10 @@ func decide(want node.DiskConfig, have observed) ([]step, error) {
 		return nil, cmp.Or(have.ledgerErr, err)
 	}
 	if m, ok := have.at(want.MountPoint); ok {
-		return nil, mounted(dev, m)
+		if err := mounted(dev, m); err != nil {
+			return nil, err
+		}
+		return grown(dev, m, have), nil
 	}
 	if have.ledgerErr != nil {
 		return nil, have.ledgerErr

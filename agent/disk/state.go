@@ -24,8 +24,11 @@ type State struct {
 	// Proof is what it rested on that the disk was blank, when it was formatted.
 	Proof    string     `json:"proof,omitempty"`
 	Ledger   *Past      `json:"ledger,omitempty"`
-	Evidence []Evidence `json:"evidence"` // of the last proof of this life of the agent
-	Steps    []Step     `json:"steps"`    // as Evidence
+	Evidence []Evidence `json:"evidence"`       // of the last proof of this life of the agent
+	Steps    []Step     `json:"steps"`          // as Evidence
+	Trim     *TrimState `json:"trim,omitempty"` // nil: not known yet
+	// Warnings are what is wrong although the disk is mounted and serves.
+	Warnings []Warning `json:"warnings,omitempty"`
 }
 
 // Past is what the ledger says was done to a disk.
@@ -54,7 +57,10 @@ type account struct {
 	last     State
 	all      []Evidence
 	steps    []Step
-	progress *proof // nil: no disk is being read
+	progress *proof   // nil: no disk is being read
+	growth   *Warning // of growing; nil: none
+	tended   tended
+	moved    chan struct{} // closed when the state, the device or its size is another; nil: nobody waits
 }
 
 // begin enters a step, in place of one of the same name, and returns what ends it.
@@ -95,6 +101,10 @@ func (a *account) stand(s State, reading *proof) {
 	if s.Since = time.Now(); a.last.State == s.State {
 		s.Since = a.last.Since
 	}
+	if l := a.last; a.moved != nil && (l.State != s.State || l.Device != s.Device || l.DiskID != s.DiskID || l.SizeBytes != s.SizeBytes) {
+		close(a.moved)
+		a.moved = nil
+	}
 	a.last, a.progress = s, reading
 }
 
@@ -113,6 +123,10 @@ func (d *Disk) State() State {
 	}
 	s.Evidence = append([]Evidence{}, a.all...)
 	s.Steps = append([]Step{}, a.steps...)
+	if a.growth != nil {
+		s.Warnings = append(s.Warnings, *a.growth)
+	}
+	a.tended.tell(&s)
 	return s
 }
 
@@ -128,6 +142,10 @@ func (d *Disk) stands(have observed, steps []step, err error) {
 	switch {
 	case err != nil:
 		s.State, s.Message = node.ReasonOf(err, "Error"), err.Error()
+	case have.Growing != "":
+		s.State, s.Message = Mounted, have.Growing
+	case len(steps) > 0 && steps[0].verb == grow:
+		s.State, s.Message = Mounted, steps[0].text
 	case len(steps) > 0:
 		s.State, s.Message = Planned, steps[0].text
 	default:

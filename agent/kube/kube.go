@@ -94,6 +94,11 @@ func (c *Client) get(ctx context.Context, path string, query url.Values) (io.Rea
 	if err != nil {
 		return nil, err
 	}
+	return c.do(req)
+}
+
+// do sends a request; the caller closes the body.
+func (c *Client) do(req *http.Request) (io.ReadCloser, error) {
 	req.Header.Set("Accept", "application/json")
 	req.Header.Set("User-Agent", "tkenode")
 	resp, err := c.http.Do(req)
@@ -109,6 +114,6 @@ func (c *Client) get(ctx context.Context, path string, query url.Values) (io.Rea
 	if b, err := io.ReadAll(io.LimitReader(resp.Body, 64<<10)); err == nil {
 		_ = json.Unmarshal(b, status)
 	}
-	status.Request, status.Code = "GET "+path, resp.StatusCode
+	status.Request, status.Code = req.Method+" "+req.URL.Path, resp.StatusCode
 	return nil, status
 }

@@ -30,6 +30,12 @@ const (
 // the same, so it is not among ConditionTypes.
 const PoolExhausted ConditionType = "PoolExhausted"
 
+// DiskNotGrown warns: a disk is larger than what is used of it.
+const DiskNotGrown ConditionType = "DiskNotGrown"
+
+// VolumeMismatch warns: a pod's volume is not the disk that it should be.
+const VolumeMismatch ConditionType = "VolumeMismatch"
+
 // RepairsUndone warns: something keeps undoing what the agent makes in the kernel.
 const RepairsUndone ConditionType = "RepairsUndone"
 

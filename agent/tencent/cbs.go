@@ -19,6 +19,7 @@ type Disk struct {
 	LastInstanceID string   `json:"LastAttachInsId"`
 	SizeGiB        int64    `json:"DiskSize"`
 	Shareable      bool     `json:"Shareable"`
+	Encrypt        bool     `json:"Encrypt"`
 	Rollbacking    bool     `json:"Rollbacking"`
 	Migrating      bool     `json:"Migrating"`
 	Snapshots      int      `json:"SnapshotCount"` // that were taken of it
@@ -63,6 +64,28 @@ func (c *Client) DescribeDisk(ctx context.Context, id string) (Disk, error) {
 		return Disk{}, fmt.Errorf("cbs DescribeDisks: %d disks for %s", len(out.DiskSet), id)
 	}
 	return out.DiskSet[0], nil
+}
+
+// DiskCount is how many data disks an instance has, and may have.
+type DiskCount struct {
+	InstanceID string `json:"InstanceId"`
+	Attached   int    `json:"AttachedDiskCount"`
+	Max        int    `json:"MaxAttachCount"`
+}
+
+// CountDisks asks how many data disks an instance may have. The system disk is
+// none of them.
+// Source: https://cloud.tencent.com/document/api/362/15669#AttachDetail
+func (c *Client) CountDisks(ctx context.Context, instance string) (DiskCount, error) {
+	in := struct{ InstanceIds []string }{[]string{instance}}
+	var out struct{ AttachDetail []DiskCount }
+	if err := c.call(ctx, "cbs", "DescribeInstancesDiskNum", in, &out); err != nil {
+		return DiskCount{}, err
+	}
+	if len(out.AttachDetail) != 1 || out.AttachDetail[0].InstanceID != instance || out.AttachDetail[0].Max <= 0 {
+		return DiskCount{}, fmt.Errorf("cbs DescribeInstancesDiskNum: %+v for %s", out.AttachDetail, instance)
+	}
+	return out.AttachDetail[0], nil
 }
 
 // DescribeInstance describes one instance.

@@ -15,9 +15,12 @@ import (
 
 var disksCommand = command{
 	name: "disks",
-	help: "the disks of the NodeConfig, and how each stands",
+	help: "the disks of the NodeConfig, how each stands, and the others that are attached",
 	long: `One line for every disk: its id, size, state, mount point, file system, and what it rested on that it was
-blank when it was formatted. Under a disk that is not mounted is said why, and what to do.`,
+blank when it was formatted. Under a disk that is not mounted, or of which not all is used, is said why, and what to do. Below
+are the CBS disks that are attached and not of the NodeConfig, which are watched and never touched: CSI's with the
+volume that they are mounted for, and a warning if that is another one; and how many more volumes the CSI driver may attach.
+As JSON, the disks of the NodeConfig alone; the others are on the socket, GET /v1/volumes.`,
 	flags: func(fs *flag.FlagSet) action {
 		format := output(fs)
 		return func(ctx context.Context, out *terminal, _ []string) error {
@@ -33,6 +36,11 @@ blank when it was formatted. Under a disk that is not mounted is said why, and w
 				return out.json(all)
 			}
 			renderDisks(out, all)
+			v, err := askVolumes(ctx)
+			if err != nil {
+				return err
+			}
+			renderVolumes(out, v)
 			return nil
 		}
 	},
@@ -124,6 +132,14 @@ func askDisks(ctx context.Context) ([]disk.State, error) {
 	return c.Disks(ctx)
 }
 
+func askVolumes(ctx context.Context) (api.Volumes, error) {
+	c := api.NewClient(api.Socket)
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(ctx, askDeadline)
+	defer cancel()
+	return c.Volumes(ctx)
+}
+
 // renderDisks prints a table, and under it what is in the way of each disk.
 func renderDisks(t *terminal, all []disk.State) {
 	if len(all) == 0 {
@@ -162,6 +178,11 @@ func renderDisks(t *terminal, all []disk.State) {
 		if n > 0 && all[n-1].Message != "" {
 			t.block("  ", all[n-1].Message)
 		}
+		if n > 0 {
+			for _, w := range all[n-1].Warnings {
+				t.block("  ", w.Reason+": "+w.Message)
+			}
+		}
 	}
 }
 
@@ -188,6 +209,9 @@ func renderDisk(t *terminal, s disk.State) {
 	if s.Message != "" {
 		t.block("  ", s.Message)
 	}
+	for _, w := range s.Warnings {
+		t.block("  ", w.Reason+": "+w.Message)
+	}
 	line := func(name, text string) {
 		for i, l := range t.lines(text, 15) {
 			if i > 0 {
@@ -210,6 +234,9 @@ func renderDisk(t *terminal, s disk.State) {
 	line("proof", s.Proof)
 	if !s.Since.IsZero() {
 		line("since", clock(s.Since, s.Now))
+	}
+	if s.Trim != nil {
+		line("trim", trimText(*s.Trim, s.Now))
 	}
 	if len(s.Evidence) > 0 {
 		t.printf("\nevidence that it is blank\n")
@@ -235,4 +262,69 @@ func renderDisk(t *terminal, s disk.State) {
 			t.printf("  %s  %s%s\n", clock(step.Began, s.Now), pad(step.Name, 8), took)
 		}
 	}
+}
+
+// trimText says when a disk was trimmed, and when it will be.
+func trimText(tr disk.TrimState, now time.Time) string {
+	next := "next " + clock(tr.Next, now)
+	if !tr.Since.IsZero() {
+		next = "under way for " + span(now.Sub(tr.Since))
+	}
+	switch {
+	case tr.Never != "":
+		return "never: " + tr.Never
+	case tr.Last.At.IsZero():
+		return "not yet; " + next
+	case tr.Last.Error != "":
+		return fmt.Sprintf("failed %s: %s; %s", clock(tr.Last.At, now), tr.Last.Error, next)
+	}
+	return fmt.Sprintf("%s in %s, %s; %s", disk.Size(tr.Last.Bytes), tr.Last.Took.Round(time.Millisecond), clock(tr.Last.At, now), next)
+}
+
+// renderVolumes prints the disks that are attached and not of the NodeConfig, and
+// how many more may be.
+func renderVolumes(t *terminal, v api.Volumes) {
+	if len(v.Others) > 0 {
+		t.printf("\n%s\n", t.paint(faint, "attached, and not of the NodeConfig"))
+	}
+	for _, o := range v.Others {
+		what, color := "nobody has it mounted", ""
+		switch {
+		case o.CSI:
+			what = fmt.Sprintf("CSI's, in %d pods", o.Pods)
+			if o.Pods == 1 {
+				what = "CSI's, in 1 pod"
+			}
+			if o.Volume == "" {
+				what += "; of which volume is not known"
+			} else if o.Mismatch == "" {
+				what += "; it is the right disk"
+			}
+		case o.Mount != "":
+			what = "mounted on " + o.Mount
+		}
+		if o.Mismatch != "" {
+			color = red
+		}
+		t.printf("%s  %s  %s  %s\n", t.paint(color, clean(o.DiskID)), pad(disk.Size(o.SizeBytes), 8), o.Device, clean(what))
+		if o.Mismatch != "" {
+			t.block("  ", o.Mismatch)
+		}
+	}
+	l := v.Limit
+	if l.At.IsZero() {
+		return
+	}
+	var text string
+	switch {
+	case l.Message == "":
+		text = fmt.Sprintf("volumes: the CBS CSI driver may attach %d, and has published %d; not its own of the %d disks that the instance takes: %s",
+			l.Published, l.Driver, l.Max, cmp.Or(strings.Join(l.NotCSI, ", "), "none"))
+	case l.Driver > 0:
+		text = fmt.Sprintf("volumes: the CBS CSI driver may attach %d: %s", l.Published, l.Message)
+	default:
+		text = "volumes: " + l.Message
+	}
+	t.printf("\n")
+	t.block("", text)
 }

@@ -5,7 +5,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tkenode/tkenode/agent/api"
 	"github.com/tkenode/tkenode/agent/disk"
+	"github.com/tkenode/tkenode/agent/kube"
 )
 
 // someDisks are one that is mounted, one that is read, and one that is refused.
@@ -14,9 +16,11 @@ func someDisks() []disk.State {
 		{
 			Now: now, Name: "disk/disk-1a2b3c4d", DiskID: "disk-1a2b3c4d", Device: "/dev/vdb", SizeBytes: 100 << 30, State: disk.Mounted, Since: ago(time.Hour),
 			MountPoint: "/var/lib/containerd", FileSystem: "ext4", UUID: "6c1f3ab8-0d0a-8bdc-8a3e-0123456789ab",
-			Proof:  "new, as the cloud says (cbs DescribeDisks CreateTime 2026-01-02 10:01:00 UTC+8); both ends were read as zero",
-			Ledger: &disk.Past{State: "formatted", At: ago(time.Hour)},
-			Steps:  []disk.Step{{Name: "sample", Began: ago(time.Hour), Ended: ago(time.Hour - 350*time.Millisecond)}},
+			Proof:    "new, as the cloud says (cbs DescribeDisks CreateTime 2026-01-02 10:01:00 UTC+8); both ends were read as zero",
+			Ledger:   &disk.Past{State: "formatted", At: ago(time.Hour)},
+			Steps:    []disk.Step{{Name: "sample", Began: ago(time.Hour), Ended: ago(time.Hour - 350*time.Millisecond)}},
+			Trim:     &disk.TrimState{Last: disk.Trim{At: ago(30 * time.Minute), Took: 2100 * time.Millisecond, Bytes: 80 << 30}, Next: now.Add(100 * time.Hour)},
+			Warnings: []disk.Warning{{Reason: disk.ReasonNeedsReattach, Message: "the cloud says that disk-1a2b3c4d has 200 GiB, and /dev/vdb has 100 GiB"}},
 		},
 		{
 			Now: now, Name: "disk/disk-read0000", DiskID: "disk-read0000", Device: "/dev/vdc", SizeBytes: 1 << 40, State: "Proving", Since: ago(time.Minute),
@@ -43,4 +47,27 @@ func TestDisksText(t *testing.T) {
 		renderDisk(out, s)
 	}
 	golden(t, "testdata/disks.txt", b.Bytes())
+}
+
+func TestVolumesText(t *testing.T) {
+	var b bytes.Buffer
+	out := &terminal{w: &b, width: 100}
+	others := []disk.Other{
+		{DiskID: "disk-csi00001", Device: "/dev/vdc", SizeBytes: 10 << 30, CSI: true, Pods: 1, Volume: "disk-csi00001"},
+		{DiskID: "disk-csi00002", Device: "/dev/vdd", SizeBytes: 10 << 30, CSI: true, Volume: "disk-csi00003", Mismatch: "it is the volume disk-csi00003"},
+		{DiskID: "disk-csi00004", Device: "/dev/vde", SizeBytes: 10 << 30, CSI: true, Pods: 2},
+		{DiskID: "disk-byhand00", Device: "/dev/vdf", SizeBytes: 1 << 40, Mount: "/mnt"},
+		{DiskID: "disk-byhand01", Device: "/dev/vdg", SizeBytes: 1 << 40},
+	}
+	for _, l := range []kube.Limit{
+		{},
+		{At: now, Max: 20, NotCSI: []string{"disk-1a2b3c4d"}, Driver: 18, Published: 18},
+		{At: now, Max: 20, NotCSI: []string{"disk-1a2b3c4d", "disk-byhand00", "disk-byhand01"}, Driver: 18, Published: 17},
+		{At: now, Max: 20, NotCSI: []string{"disk-1a2b3c4d", "disk-byhand00", "disk-byhand01"}, Driver: 18, Published: 18, Message: "the API server does not let it be changed"},
+		{At: now, Message: "the CBS CSI driver is not registered on this node"},
+	} {
+		renderVolumes(out, api.Volumes{Others: others, Limit: l})
+		others = nil
+	}
+	golden(t, "testdata/volumes.txt", b.Bytes())
 }
