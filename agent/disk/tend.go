@@ -126,7 +126,7 @@ func behind(c tencent.Disk, s State) *Warning {
 	if c.Encrypt {
 		// Source: https://cloud.tencent.com/document/product/362/31640
 		return &Warning{ReasonNeedsReattach, text + ": an encrypted disk shows its new size only after it was detached and attached again; " +
-			"drain the node, stop what uses " + s.MountPoint + ", detach the disk, attach it, and the file system is grown"}
+			"drain the node, type `systemctl stop tkenode-agent` and `umount " + s.MountPoint + "`, detach the disk, attach it, type `systemctl start tkenode-agent`, and the file system is grown"}
 	}
 	return &Warning{ReasonNotSeen, text + ": the guest has not seen its new size; detach the disk and attach it again, or reboot the node from the console"}
 }

@@ -45,7 +45,7 @@ func describeDisk(d Disk) diskOut {
 	out := diskOut{
 		DiskId: d.ID, DiskName: d.Name, DiskType: d.Type, DiskUsage: "DATA_DISK", DiskChargeType: "POSTPAID_BY_HOUR",
 		DiskSize: d.SizeGiB, DiskState: d.State, Attached: d.State == attached, InstanceId: d.Instance, InstanceIdList: []string{},
-		InstanceType: "CVM", LastAttachInsId: d.LastInstance, DeleteWithInstance: d.DeleteWithInstance, Portable: !d.System,
+		Encrypt: d.Encrypted, InstanceType: "CVM", LastAttachInsId: d.LastInstance, DeleteWithInstance: d.DeleteWithInstance, Portable: !d.System,
 		CreateTime: beijing(d.Created), Placement: placement{Zone: d.Zone},
 	}
 	if d.System {
@@ -140,7 +140,7 @@ func (r *Region) attachDisks(id string, in *attachDisksIn) (any, error) {
 		r.begin(id, work{
 			action: "AttachDisks", target: []string{d.ID}, takes: r.config.Delays.Attach,
 			do: func(ctx context.Context) error {
-				return r.hypervisor.PlugDisk(ctx, instance.ID, Volume{d.ID, d.SizeGiB, d.Content})
+				return r.hypervisor.PlugDisk(ctx, instance.ID, d.volume())
 			},
 			done: func(err error) {
 				if d.State, d.LastInstance = attached, instance.ID; err != nil {

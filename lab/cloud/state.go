@@ -91,6 +91,7 @@ type Disk struct {
 	LastInstance       string
 	DeleteWithInstance bool
 	Content            string // see DiskSpec
+	Encrypted          bool   `json:",omitempty"`
 	Snapshot           string // that Content is said to be
 	Created            time.Time
 }
