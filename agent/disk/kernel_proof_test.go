@@ -154,15 +154,16 @@ func (d direct) RoundTrip(req *http.Request) (*http.Response, error) {
 // idle is a hypervisor and a network of which nothing is asked.
 type idle struct{}
 
-func (idle) Run(context.Context, cloud.Machine) error             { return nil }
-func (idle) Destroy(context.Context, string) error                { return nil }
-func (idle) PlugNIC(context.Context, string, cloud.NIC) error     { return nil }
-func (idle) UnplugNIC(context.Context, string, string) error      { return nil }
-func (idle) PlugDisk(context.Context, string, cloud.Volume) error { return nil }
-func (idle) UnplugDisk(context.Context, string, string) error     { return nil }
-func (idle) Attach(cloud.Port) error                              { return nil }
-func (idle) SetAddrs(string, []netip.Addr) error                  { return nil }
-func (idle) Detach(string) error                                  { return nil }
+func (idle) Run(context.Context, cloud.Machine) error               { return nil }
+func (idle) Destroy(context.Context, string) error                  { return nil }
+func (idle) PlugNIC(context.Context, string, cloud.NIC) error       { return nil }
+func (idle) UnplugNIC(context.Context, string, string) error        { return nil }
+func (idle) PlugDisk(context.Context, string, cloud.Volume) error   { return nil }
+func (idle) ResizeDisk(context.Context, string, cloud.Volume) error { return nil }
+func (idle) UnplugDisk(context.Context, string, string) error       { return nil }
+func (idle) Attach(cloud.Port) error                                { return nil }
+func (idle) SetAddrs(string, []netip.Addr) error                    { return nil }
+func (idle) Detach(string) error                                    { return nil }
 
 // TestKernelVouched: a disk of 20 GiB that came with its instance is formatted at
 // once; where the role may not ask, all of it is read, and the reason said.
