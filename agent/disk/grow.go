@@ -59,7 +59,7 @@ func grown(dev device, m mount, have observed) []step {
 // size takes the size of the mounted file system into have. That it cannot be told
 // is no reason not to serve. The caller holds mu.
 func (d *Disk) size(dev device, m mount, have *observed) {
-	if mounted(dev, m) != nil {
+	if mounted(dev, m) != nil || m.FSType != string(node.Ext4) && m.FSType != string(node.XFS) {
 		return
 	}
 	if err := d.settle(); err != nil {

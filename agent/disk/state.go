@@ -123,7 +123,7 @@ func (d *Disk) State() State {
 	}
 	s.Evidence = append([]Evidence{}, a.all...)
 	s.Steps = append([]Step{}, a.steps...)
-	if a.growth != nil {
+	if a.growth != nil && s.State == Mounted {
 		s.Warnings = append(s.Warnings, *a.growth)
 	}
 	a.tended.tell(&s)
