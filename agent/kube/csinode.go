@@ -274,8 +274,11 @@ func (c *CSINode) read(ctx context.Context, path string, into any) error {
 }
 
 // publish writes the count, unless the CSINode has changed since it was read. The
-// list of drivers is merged by name.
-// Source: k8s.io/api v0.36.3 storage/v1 types.go, CSINodeSpec
+// list of drivers is merged by name, a node may patch its own CSINode, and of an
+// entry the count alone may change.
+// Sources: k8s.io/api v0.36.3 storage/v1/types.go, CSINodeSpec; k8s.io/kubernetes
+// v1.36.3 plugin/pkg/admission/noderestriction/admission.go, admitCSINode, and
+// pkg/apis/storage/validation/validation.go, ValidateCSINodeUpdate
 func (c *CSINode) publish(ctx context.Context, version string, driver, count int) error {
 	type object = map[string]any
 	patch, err := json.Marshal(object{
