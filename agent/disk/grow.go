@@ -53,7 +53,7 @@ func grown(dev device, m mount, have observed) []step {
 	if have.FSBytes == 0 || have.Growing != "" || have.NotGrown == dev.SizeBytes || dev.SizeBytes-have.FSBytes < blockGroup {
 		return nil
 	}
-	return []step{{grow, fmt.Sprintf("grow %s on %s from %s to %s", m.FSType, dev.Serial, Size(have.FSBytes), Size(dev.SizeBytes))}}
+	return []step{{verb: grow, text: fmt.Sprintf("grow %s on %s from %s to %s", m.FSType, dev.Serial, Size(have.FSBytes), Size(dev.SizeBytes))}}
 }
 
 // size takes the size of the mounted file system into have. That it cannot be told

@@ -59,7 +59,7 @@ type account struct {
 	steps    []Step
 	progress *proof   // nil: no disk is being read
 	growth   *Warning // of growing; nil: none
-	tended   tended
+	upkeep   upkeep
 	moved    chan struct{} // closed when the state, the device or its size is another; nil: nobody waits
 }
 
@@ -126,7 +126,7 @@ func (d *Disk) State() State {
 	if a.growth != nil && s.State == Mounted {
 		s.Warnings = append(s.Warnings, *a.growth)
 	}
-	a.tended.tell(&s)
+	a.upkeep.tell(&s)
 	return s
 }
 

@@ -17,8 +17,8 @@ const (
 	sizePatience = 5 * time.Minute
 )
 
-// tended is what Tend has found out. The lock of the account guards it.
-type tended struct {
+// upkeep is what Tend has found out. The lock of the account guards it.
+type upkeep struct {
 	cloud    tencent.Disk // what is held against the device; empty: nothing is known
 	sizeGiB  int64        // that was last described
 	trim     Trim         // the last one
@@ -39,10 +39,10 @@ func (d *Disk) Tend(ctx context.Context) {
 		var due time.Time
 		if s.State == Mounted && s.DiskID != "" {
 			if ask.IsZero() {
-				ask = started.Add(within(30*time.Second, d.sealed.Facts.InstanceID, s.DiskID))
+				ask = started.Add(portion(30*time.Second, d.sealed.Facts.InstanceID, s.DiskID))
 			}
 			if !time.Now().Before(ask) {
-				ask = time.Now().Add(sizePeriod - within(sizePeriod/4, d.sealed.Facts.InstanceID, s.DiskID))
+				ask = time.Now().Add(sizePeriod - portion(sizePeriod/4, d.sealed.Facts.InstanceID, s.DiskID))
 				if d.askSize(ctx, s) {
 					ask = time.Now().Add(sizePatience)
 				}
@@ -72,8 +72,8 @@ func sleepUntil(ctx context.Context, due time.Time, changed <-chan struct{}) {
 	}
 }
 
-// within returns a part of d that differs between instances and disks.
-func within(d time.Duration, instance, disk string) time.Duration {
+// portion returns a part of d that differs between instances and disks.
+func portion(d time.Duration, instance, disk string) time.Duration {
 	h := fnv.New64a()
 	fmt.Fprintf(h, "%s %s", disk, instance)
 	return time.Duration(h.Sum64() % uint64(d))
@@ -91,7 +91,7 @@ func (d *Disk) askSize(ctx context.Context, s State) (soon bool) {
 		return false
 	}
 	w := behind(disk, s)
-	d.account.set(func(t *tended) {
+	d.account.set(func(t *upkeep) {
 		soon = w != nil && w.Reason == ReasonNotSeen && t.sizeGiB != disk.SizeGiB
 		if t.sizeGiB = disk.SizeGiB; !soon {
 			t.cloud = disk
@@ -104,7 +104,7 @@ func (d *Disk) askSize(ctx context.Context, s State) (soon bool) {
 }
 
 // tell adds what Tend has found out to how the disk stands.
-func (t tended) tell(s *State) {
+func (t upkeep) tell(s *State) {
 	if w := behind(t.cloud, *s); w != nil {
 		s.Warnings = append(s.Warnings, *w)
 	}
@@ -139,13 +139,13 @@ func (d *Disk) tendTrim(ctx context.Context, s State, started time.Time) time.Ti
 		if err != nil {
 			why = err.Error()
 		}
-		d.account.set(func(t *tended) { t.trimWhy = why })
+		d.account.set(func(t *upkeep) { t.trimWhy = why })
 		return time.Time{}
 	}
 	offset := trimOffset(d.sealed.Facts.InstanceID, s.DiskID)
 	next := nextTrim(d.base(s, started), started, offset)
 	last := d.ledger.trimmed(s.DiskID)
-	d.account.set(func(t *tended) { t.trim, t.trimNext, t.trimWhy = last, next, "" })
+	d.account.set(func(t *upkeep) { t.trim, t.trimNext, t.trimWhy = last, next, "" })
 	if time.Now().Before(next) {
 		return next
 	}
@@ -154,15 +154,15 @@ func (d *Disk) tendTrim(ctx context.Context, s State, started time.Time) time.Ti
 		return time.Time{} // cut off; it is due again
 	}
 	next = nextTrim(last.At, started, offset)
-	d.account.set(func(t *tended) { t.trim, t.trimNext = last, next })
+	d.account.set(func(t *upkeep) { t.trim, t.trimNext = last, next })
 	return next
 }
 
 // trimNow trims the disk and notes what came of it.
 func (d *Disk) trimNow(ctx context.Context, s State) Trim {
 	began := time.Now()
-	d.account.set(func(t *tended) { t.trimming = began })
-	defer d.account.set(func(t *tended) { t.trimming = time.Time{} })
+	d.account.set(func(t *upkeep) { t.trimming = began })
+	defer d.account.set(func(t *upkeep) { t.trimming = time.Time{} })
 	done := Trim{At: began.UTC().Truncate(time.Second)}
 	type outcome struct {
 		bytes int64
@@ -212,8 +212,8 @@ func (a *account) watch() (State, <-chan struct{}) {
 }
 
 // set changes what Tend has found out.
-func (a *account) set(f func(*tended)) {
+func (a *account) set(f func(*upkeep)) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	f(&a.tended)
+	f(&a.upkeep)
 }

@@ -297,7 +297,7 @@ func (c *CSINode) publish(ctx context.Context, version string, driver, count int
 		return err
 	}
 	req.Header.Set("Content-Type", "application/strategic-merge-patch+json")
-	body, err := c.client.do(req)
+	body, err := c.client.do(req, path)
 	if err != nil {
 		return err
 	}
