@@ -29,6 +29,9 @@ const (
 // is killed, and while the machine is off; and attaches others, which are not ours.
 func TestNodeDiskGrow(t *testing.T) {
 	l := startLab(t)
+	if err := l.FromSnapshot(within(t, 8*time.Minute)); err != nil {
+		t.Fatal(err)
+	}
 	v, err := l.NodeConfigValues(t.Context())
 	if err != nil {
 		t.Fatal(err)

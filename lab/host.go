@@ -133,6 +133,7 @@ func (h *host) Run(ctx context.Context, m cloud.Machine) error {
 	if snapshot != "" {
 		spec.CPUs, spec.MemoryMiB = 0, 0 // what the snapshot was taken with
 		vm, err = cvm.Restore(ctx, spec, snapshot)
+		spec.Config = nil // it is the snapshot's, also when the machine is started again
 	} else {
 		vm, err = cvm.Start(ctx, spec)
 	}

@@ -76,7 +76,7 @@ func (d *Disk) size(dev device, m mount, have *observed) {
 	}
 	size, err := d.fileSystemSize(dev, m)
 	if err != nil {
-		d.account.warn(&Warning{ReasonSizeUnknown, fmt.Sprintf("whether %s fills its disk cannot be told: %v", m.Target, err)}, d.log)
+		d.account.warn(&Warning{Reason: ReasonSizeUnknown, Message: fmt.Sprintf("whether %s fills its disk cannot be told: %v", m.Target, err)}, d.log)
 		return
 	}
 	if have.FSBytes = size; dev.SizeBytes-size < blockGroup {
@@ -132,7 +132,7 @@ func (d *Disk) settle() error {
 	switch {
 	case node.ClassOf(g.err) == node.ClassTerminal:
 		d.growth.refused = g.dev.SizeBytes
-		d.account.warn(&Warning{ReasonGrowRefused, g.err.Error()}, d.log)
+		d.account.warn(&Warning{Reason: ReasonGrowRefused, Message: g.err.Error()}, d.log)
 		return nil
 	case g.err != nil:
 		return g.err

@@ -45,7 +45,8 @@ type Other struct {
 	Pods      int    `json:"pods"`             // that have it mounted
 	Volume    string `json:"volume,omitempty"` // that Mount is for; empty: not known
 	// Mismatch says that pods which should have another volume have this disk.
-	Mismatch string `json:"mismatch,omitempty"`
+	Mismatch string    `json:"mismatch,omitempty"`
+	Since    time.Time `json:"mismatchSince,omitzero"`
 }
 
 // Others watches the attached disks that are not of the NodeConfig.
@@ -80,6 +81,9 @@ func (o *Others) Warnings() []node.Condition {
 	for _, d := range all {
 		if d.Mismatch != "" {
 			c.Message += "; " + d.Mismatch
+			if c.Since.IsZero() || d.Since.Before(c.Since) {
+				c.Since = d.Since
+			}
 		}
 	}
 	if c.Message == "" {
@@ -103,13 +107,21 @@ func (o *Others) Run(ctx context.Context) {
 func (o *Others) set(now []Other) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	for i := range now {
+		d := &now[i]
+		if d.Mismatch == "" {
+			continue
+		}
+		before := slices.IndexFunc(o.last, func(x Other) bool { return x.DiskID == d.DiskID && x.Mismatch == d.Mismatch })
+		if before >= 0 {
+			d.Since = o.last[before].Since
+			continue
+		}
+		d.Since = time.Now()
+		o.log.Warn("a pod's volume is another disk", "disk", d.DiskID, "message", d.Mismatch)
+	}
 	if o.known && slices.Equal(o.last, now) {
 		return
-	}
-	for _, d := range now {
-		if i := slices.IndexFunc(o.last, func(x Other) bool { return x.DiskID == d.DiskID }); d.Mismatch != "" && (i < 0 || o.last[i].Mismatch != d.Mismatch) {
-			o.log.Warn("a pod's volume is another disk", "disk", d.DiskID, "message", d.Mismatch)
-		}
 	}
 	o.last, o.known = now, true
 	close(o.changed)

@@ -84,7 +84,9 @@ func TestOthers(t *testing.T) {
 	default:
 		t.Error("a change is not told")
 	}
-	if c := o.Warnings(); known || len(c) != 1 || strings.Count(c[0].Message, "live serial") != 2 {
+	since := o.Warnings()[0].Since
+	o.set(others([]string{"disk-ours0001"}, have, data))
+	if c := o.Warnings(); since.IsZero() || !c[0].Since.Equal(since) || known || len(c) != 1 || strings.Count(c[0].Message, "live serial") != 2 {
 		t.Errorf("known at first: %v; warnings %+v", known, c)
 	}
 }

@@ -20,6 +20,7 @@ const (
 // upkeep is what Tend has found out. The lock of the account guards it.
 type upkeep struct {
 	cloud    tencent.Disk // what is held against the device; empty: nothing is known
+	since    time.Time    // when cloud was first described with this size
 	sizeGiB  int64        // that was last described
 	trim     Trim         // the last one
 	trimNext time.Time
@@ -93,9 +94,13 @@ func (d *Disk) askSize(ctx context.Context, s State) (soon bool) {
 	w := behind(disk, s)
 	d.account.set(func(t *upkeep) {
 		soon = w != nil && w.Reason == ReasonNotSeen && t.sizeGiB != disk.SizeGiB
-		if t.sizeGiB = disk.SizeGiB; !soon {
-			t.cloud = disk
+		if t.sizeGiB = disk.SizeGiB; soon {
+			return
 		}
+		if t.cloud.ID != disk.ID || t.cloud.SizeGiB != disk.SizeGiB {
+			t.since = time.Now()
+		}
+		t.cloud = disk
 	})
 	if w != nil && !soon {
 		d.log.Warn("the disk serves, but", "reason", w.Reason, "message", w.Message)
@@ -106,6 +111,7 @@ func (d *Disk) askSize(ctx context.Context, s State) (soon bool) {
 // tell adds what Tend has found out to how the disk stands.
 func (t upkeep) tell(s *State) {
 	if w := behind(t.cloud, *s); w != nil {
+		w.Since = t.since
 		s.Warnings = append(s.Warnings, *w)
 	}
 	if t.trimWhy != "" {
@@ -125,10 +131,10 @@ func behind(c tencent.Disk, s State) *Warning {
 	text := fmt.Sprintf("the cloud says that %s has %s, and %s has %s", s.DiskID, Size(size), s.Device, Size(s.SizeBytes))
 	if c.Encrypt {
 		// Source: https://cloud.tencent.com/document/product/362/31640
-		return &Warning{ReasonNeedsReattach, text + ": an encrypted disk shows its new size only after it was detached and attached again; " +
+		return &Warning{Reason: ReasonNeedsReattach, Message: text + ": an encrypted disk shows its new size only after it was detached and attached again; " +
 			"drain the node, type `systemctl stop tkenode-agent` and `umount " + s.MountPoint + "`, detach the disk, attach it, type `systemctl start tkenode-agent`, and the file system is grown"}
 	}
-	return &Warning{ReasonNotSeen, text + ": the guest has not seen its new size; detach the disk and attach it again, or reboot the node from the console"}
+	return &Warning{Reason: ReasonNotSeen, Message: text + ": the guest has not seen its new size; detach the disk and attach it again, or reboot the node from the console"}
 }
 
 // tendTrim trims the disk if it is time to, and returns when that is next.

@@ -72,8 +72,15 @@ func TestBehind(t *testing.T) {
 			if got := reason(time.Minute); got != c.soon {
 				t.Errorf("%s: %q after a minute, want %q", name, got, c.soon)
 			}
+			since := time.Time{}
+			if w := d.State().Warnings; len(w) > 0 {
+				since = w[0].Since
+			}
 			if got := reason(10 * time.Minute); got != c.later {
 				t.Errorf("%s: %q after ten minutes, want %q", name, got, c.later)
+			}
+			if w := d.State().Warnings; len(w) > 0 && (w[0].Since.IsZero() || c.soon != "" && !w[0].Since.Equal(since)) {
+				t.Errorf("%s: since %s, then since %s", name, since, w[0].Since)
 			}
 			time.Sleep(24*time.Hour - 11*time.Minute)
 			synctest.Wait()

@@ -2,14 +2,16 @@ package disk
 
 import (
 	"log/slog"
+	"time"
 
 	"github.com/tkenode/tkenode/agent/node"
 )
 
 // Warning is what is wrong with a disk although it is mounted and serves.
 type Warning struct {
-	Reason  string `json:"reason"`
-	Message string `json:"message"`
+	Reason  string    `json:"reason"`
+	Message string    `json:"message"`
+	Since   time.Time `json:"since"`
 }
 
 // The reasons of warnings.
@@ -24,8 +26,13 @@ const (
 func (a *account) warn(w *Warning, log *slog.Logger) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if w != nil && (a.growth == nil || *a.growth != *w) {
-		log.Warn("the disk serves, but", "reason", w.Reason, "message", w.Message)
+	if w != nil {
+		if w.Since = time.Now(); a.growth != nil && a.growth.Reason == w.Reason {
+			w.Since = a.growth.Since
+		}
+		if a.growth == nil || *a.growth != *w {
+			log.Warn("the disk serves, but", "reason", w.Reason, "message", w.Message)
+		}
 	}
 	a.growth = w
 }
@@ -38,7 +45,10 @@ func Warnings(all []State) []node.Condition {
 			if c.Message != "" {
 				c.Message += "; "
 			} else {
-				c.Reason = w.Reason
+				c.Reason, c.Since = w.Reason, w.Since
+			}
+			if w.Since.Before(c.Since) {
+				c.Since = w.Since
 			}
 			c.Message += w.Message
 		}

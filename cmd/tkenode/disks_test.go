@@ -20,7 +20,7 @@ func someDisks() []disk.State {
 			Ledger:   &disk.Past{State: "formatted", At: ago(time.Hour)},
 			Steps:    []disk.Step{{Name: "sample", Began: ago(time.Hour), Ended: ago(time.Hour - 350*time.Millisecond)}},
 			Trim:     &disk.TrimState{Last: disk.Trim{At: ago(30 * time.Minute), Took: 2100 * time.Millisecond, Bytes: 80 << 30}, Next: now.Add(100 * time.Hour)},
-			Warnings: []disk.Warning{{Reason: disk.ReasonNeedsReattach, Message: "the cloud says that disk-1a2b3c4d has 200 GiB, and /dev/vdb has 100 GiB"}},
+			Warnings: []disk.Warning{{Reason: disk.ReasonNeedsReattach, Since: ago(time.Minute), Message: "the cloud says that disk-1a2b3c4d has 200 GiB, and /dev/vdb has 100 GiB"}},
 		},
 		{
 			Now: now, Name: "disk/disk-read0000", DiskID: "disk-read0000", Device: "/dev/vdc", SizeBytes: 1 << 40, State: "Proving", Since: ago(time.Minute),
