@@ -21,6 +21,15 @@ import (
 	"github.com/tkenode/tkenode/agent/node"
 )
 
+// newMounted returns a disk that is formatted and mounted, however long it takes.
+func newMounted(t *testing.T, fs node.FileSystem) *bench {
+	t.Helper()
+	b := newBench(t, fs, nil)
+	b.patience = time.Minute
+	b.converge(t)
+	return b
+}
+
 // enlarge makes the device larger, as the cloud does under a guest.
 func (b *bench) enlarge(t *testing.T, size int64) {
 	t.Helper()
@@ -60,8 +69,7 @@ func capable(t *testing.T, fs node.FileSystem, b *bench) bool {
 func TestKernelGrow(t *testing.T) {
 	for _, fs := range []node.FileSystem{node.Ext4, node.XFS} {
 		t.Run(string(fs), func(t *testing.T) {
-			b := newBench(t, fs, nil)
-			b.converge(t)
+			b := newMounted(t, fs)
 			if capable(t, fs, b) {
 				testGrow(t, fs, b)
 			}
@@ -151,8 +159,7 @@ func (b *bench) check(t *testing.T) {
 // TestKernelGrowRefused: an ext4 that has noted an error does not grow, and serves.
 // Nor does any where the kernel does not let us, as long as the size is the same.
 func TestKernelGrowRefused(t *testing.T) {
-	b := newBench(t, node.Ext4, nil)
-	b.converge(t)
+	b := newMounted(t, node.Ext4)
 	if err := unix.Unmount(b.want.MountPoint, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -188,8 +195,7 @@ func TestKernelGrowRefused(t *testing.T) {
 
 // TestKernelGrowOtherDisk: a disk that is another one by now is not grown.
 func TestKernelGrowOtherDisk(t *testing.T) {
-	b := newBench(t, node.XFS, nil)
-	b.converge(t)
+	b := newMounted(t, node.XFS)
 	b.enlarge(t, 1<<30)
 	p, err := b.plan(t)
 	if err != nil || p.Empty() {
@@ -214,8 +220,7 @@ func TestKernelGrowKilled(t *testing.T) {
 	}
 	for _, fs := range []node.FileSystem{node.Ext4, node.XFS} {
 		t.Run(string(fs), func(t *testing.T) {
-			b := newBench(t, fs, nil)
-			b.converge(t)
+			b := newMounted(t, fs)
 			if !capable(t, fs, b) {
 				return
 			}

@@ -35,8 +35,7 @@ func (b *bench) stored(t *testing.T) int64 {
 func TestKernelTrim(t *testing.T) {
 	for _, fs := range []node.FileSystem{node.Ext4, node.XFS} {
 		t.Run(string(fs), func(t *testing.T) {
-			b := newBench(t, fs, nil)
-			b.converge(t)
+			b := newMounted(t, fs)
 			waste := filepath.Join(b.want.MountPoint, "waste")
 			if err := os.WriteFile(waste, bytes.Repeat([]byte{7}, 100<<20), 0o600); err != nil {
 				t.Fatal(err)
@@ -77,8 +76,7 @@ func TestKernelTrim(t *testing.T) {
 // TestKernelTrimOtherDisk: a disk that is another one by now is not trimmed, nor is
 // one that takes no discards, nor what is mounted over the mount point.
 func TestKernelTrimOtherDisk(t *testing.T) {
-	b := newBench(t, node.Ext4, nil)
-	b.converge(t)
+	b := newMounted(t, node.Ext4)
 	s, _ := b.account.watch()
 	s.MountPoint = b.want.MountPoint
 	b.setSerial(t, "disk-other000")
@@ -107,10 +105,8 @@ func TestKernelTrimOtherDisk(t *testing.T) {
 // TestKernelOthersAreLeftAlone: a disk of the CSI driver's, larger than its file
 // system and long not trimmed, is listed, and nothing is done to it.
 func TestKernelOthersAreLeftAlone(t *testing.T) {
-	ours := newBench(t, node.Ext4, nil)
-	ours.converge(t)
-	theirs := newBench(t, node.XFS, nil)
-	theirs.converge(t)
+	ours := newMounted(t, node.Ext4)
+	theirs := newMounted(t, node.XFS)
 	theirs.enlarge(t, 600<<20)
 	const id = "disk-csi00001"
 	loop := theirs.loop
@@ -149,8 +145,7 @@ func TestKernelOthersAreLeftAlone(t *testing.T) {
 
 // TestKernelOthersVolumeData reads what kubelet writes beside a volume.
 func TestKernelOthersVolumeData(t *testing.T) {
-	b := newBench(t, node.Ext4, nil)
-	b.converge(t)
+	b := newMounted(t, node.Ext4)
 	dir := fmt.Sprintf("%s%s/%x", volumesDir, CSIDriver, sha256.Sum256([]byte("disk-kerneltest")))
 	target := dir + globalMount
 	if err := os.MkdirAll(target, 0o755); err != nil {

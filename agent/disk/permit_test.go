@@ -51,6 +51,9 @@ func TestOneWayToFormat(t *testing.T) {
 		for _, decl := range file.Decls {
 			fn, _ := decl.(*ast.FuncDecl)
 			in := func(name string) bool { return here && fn != nil && fn.Name.Name == name }
+			// These run a program on a file system that is mounted.
+			mounted := fn != nil && (rel == filepath.Join("agent", "disk", "grow_linux.go") && fn.Name.Name == "growNow" ||
+				rel == filepath.Join("agent", "disk", "trim_linux.go") && fn.Name.Name == "trim")
 			ast.Inspect(decl, func(n ast.Node) bool {
 				switch n := n.(type) {
 				case *ast.BasicLit:
@@ -76,7 +79,7 @@ func TestOneWayToFormat(t *testing.T) {
 					if s.Sel.Name == "mkfs" {
 						sites++
 					}
-					if x, ok := s.X.(*ast.Ident); ok && x.Name == "exec" && filepath.Dir(rel) == filepath.Join("agent", "disk") && !in("mkfs") {
+					if x, ok := s.X.(*ast.Ident); ok && x.Name == "exec" && filepath.Dir(rel) == filepath.Join("agent", "disk") && !in("mkfs") && !mounted {
 						t.Errorf("%s: runs a program", set.Position(n.Pos()))
 					}
 				}
