@@ -146,7 +146,12 @@ func (d *Disk) blank(ctx context.Context, dev device, past entry) (*claim, strin
 		return nil, "", err
 	}
 	origin := make(chan []Evidence, 1) // asked for while the disk is sampled
-	go func() { origin <- d.origin(ctx, dev, past) }()
+	go func() {
+		done := d.account.begin("cloud")
+		evidence := d.origin(ctx, dev, past)
+		done()
+		origin <- evidence
+	}()
 	done := d.account.begin("sample")
 	found := inspect(reader{ctx, c.exclusive}, dev.SizeBytes)
 	done()
