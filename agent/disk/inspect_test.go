@@ -26,6 +26,7 @@ type fakeDisk struct {
 	how   func(b []byte, n int) (int, error) // what the failing read does
 }
 
+//go:norace // as that of sparse
 func (d *fakeDisk) ReadAt(b []byte, at int64) (int, error) {
 	read := d.reads.Add(1)
 	if at < 0 || at+int64(len(b)) > d.size {
