@@ -85,6 +85,9 @@ func first(results <-chan content, n int) content {
 // to fail rather than invent: any error, and any read that is short, makes the disk
 // unreadable.
 func glance(r io.ReaderAt, size int64) content {
+	if size <= 0 { // as the kernel says of a disk that has failed
+		return content{Unreadable: "it has no capacity"}
+	}
 	head := aligned(int(min(size, front)))
 	if err := readFull(r, head, 0); err != nil {
 		return content{Unreadable: err.Error()}

@@ -69,6 +69,12 @@ func TestZerosAreBlank(t *testing.T) {
 	}
 }
 
+func TestNothingToReadIsNotBlank(t *testing.T) {
+	if c := judged(&fakeDisk{}, 0); c.Blank || c.Unreadable == "" {
+		t.Errorf("a disk without capacity: %+v", c)
+	}
+}
+
 // TestNoFaultIsBlank makes every single read fail: the first ones in every way,
 // the later ones in one way each.
 func TestNoFaultIsBlank(t *testing.T) {

@@ -174,12 +174,14 @@ func (d *Disk) mount(dev device, fs string) error {
 	if err := makeImmutable(target); err != nil {
 		d.log.Warn("the mount point stays writable when nothing is mounted on it", "disk", dev.Serial, "dir", target, "err", err)
 	}
-	options := ""
-	if fs == string(node.Ext4) {
-		options = "errors=remount-ro"
+	options := "errors=remount-ro"
+	if fs == string(node.XFS) {
+		// A disk that was made from a snapshot has the UUID of the one that the snapshot
+		// was taken of, and xfs mounts only one of a UUID. Here disks are told by serial.
+		options = "nouuid"
 	}
 	if err := unix.Mount("/dev/"+dev.Name, target, fs, unix.MS_NOATIME, options); err != nil {
-		return fmt.Errorf("mount %s on %s: %w", dev, target, err)
+		return unmountable(fmt.Errorf("mount %s (%s) on %s: %w", dev, fs, target, err))
 	}
 	all, err := mounts()
 	if err == nil {
@@ -193,6 +195,18 @@ func (d *Disk) mount(dev device, fs string) error {
 		return errors.Join(fmt.Errorf("verify mount of %s on %s: %w", dev, target, err), unix.Unmount(target, 0))
 	}
 	return nil
+}
+
+// unmountable says what to do about a file system that the kernel does not mount. Only
+// a damaged one is a case for a human: others may come right.
+func unmountable(err error) error {
+	// EUCLEAN and EBADMSG are what xfs and ext4 call EFSCORRUPTED and EFSBADCRC.
+	for _, damage := range []error{unix.EUCLEAN, unix.EBADMSG, unix.EINVAL} {
+		if errors.Is(err, damage) {
+			return node.Terminal("Unmountable", "see `dmesg` for what the kernel found; check it (`e2fsck -fn`, `xfs_repair -n`), repair it or roll the disk back to a snapshot", err)
+		}
+	}
+	return err
 }
 
 func makeImmutable(dir string) error {

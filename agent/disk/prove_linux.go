@@ -161,6 +161,7 @@ func (d *Disk) blank(ctx context.Context, dev device, past entry) (*claim, strin
 		{"the disk itself", fmt.Sprintf("%s: %s", sampleText, found), found.Blank},
 	}, evidence...))
 	if !found.Blank {
+		d.suspect = suspect{dev, found.at}
 		c.close()
 		return nil, "", refuse(dev, found)
 	}
