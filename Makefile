@@ -8,7 +8,7 @@ LAB   := bin/tkelab
 .DEFAULT_GOAL := help
 # The tiers share bin/ and the processors: one after the other, also with -j.
 .NOTPARALLEL:
-.PHONY: help setup build demo down test test-unit test-kernel test-node check vuln fmt bench bench-boot bench-eni bench-disk campaign-eni sweep-disk clean
+.PHONY: help setup build demo down test test-unit test-kernel test-node check vuln fmt bench bench-boot bench-eni bench-disk campaign-eni campaign-disk sweep-disk clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -65,6 +65,11 @@ campaign-eni: setup build ## break the network of pods at random, by a seed (SEE
 	@mkdir -p out
 	TKE_ENI='$(CURDIR)/bin/tke-eni' $(GO) test -tags kernel -count=1 -timeout 2h -run '^TestKernelCampaign' -exec '$(SUDO)' ./agent/eni/ \
 		-campaign $(CURDIR)/out/campaign-eni.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
+
+campaign-disk: setup build ## break disks, their content and the agent at random, by a seed (SEED=1); goes on where it was interrupted; root
+	@mkdir -p out
+	$(GO) test -tags kernel -count=1 -timeout 2h -run '^TestKernelCampaign' -exec '$(SUDO)' ./agent/disk/ \
+		-campaign $(CURDIR)/out/campaign-disk.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
 
 sweep-disk: ## make every read of 34 kinds of disks fail, for us and for mount-utils, and count who would format them; at most 10 min
 	@packaging/setup debian-packages debian-packages-sweep
