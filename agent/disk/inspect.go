@@ -38,13 +38,15 @@ var sampleText = fmt.Sprintf("both ends, the places of superblocks and %d blocks
 // bytes. r is read by several at once.
 func inspect(r io.ReaderAt, size int64) content {
 	c := glance(r, size)
-	if c.Blank {
-		c = scan(r, windows(size))
+	if !c.Blank {
+		return c
 	}
-	if c.Blank {
-		c = sample(r, size)
-	}
-	return c
+	// Both at once: the one takes all of a disk's throughput, the other all of its
+	// operations.
+	results := make(chan content, 2)
+	go func() { results <- scan(r, windows(size)) }()
+	results <- sample(r, size)
+	return first(results, 2)
 }
 
 // readAll reads every block of a disk, up to one that is not blank, and counts the

@@ -24,8 +24,16 @@ type formatted struct {
 // disk is sampled.
 var diskSteps = []string{"plan", "sample", "cloud", "format", "mount"}
 
-// measureFormat has a blank disk formatted and mounted by either side.
-func (n *diskNode) measureFormat(ctx context.Context, fs node.FileSystem) error {
+// measureFormat has a blank disk formatted and mounted by either side, on a device
+// that is held to what a Premium disk does or not.
+func (n *diskNode) measureFormat(ctx context.Context, fs node.FileSystem, limited bool) error {
+	name := "disk.format." + string(fs)
+	if !limited {
+		name = "disk.unlimited." + string(fs)
+	} else if _, err := os.Stat(throttle); err != nil {
+		n.say("%s is left out: a device is held to limits by the blkio controller of cgroup v1: %v", name, err)
+		return nil
+	}
 	var times, wrote, discarded, read []Pair
 	steps := map[string][]float64{}
 	for i, serial := range n.sealed.Facts.DataDisks[:n.o.Runs] {
@@ -34,7 +42,7 @@ func (n *diskNode) measureFormat(ctx context.Context, fs node.FileSystem) error 
 		for k := range sides {
 			side := (i + k) % 2 // either is the first one half of the time
 			var err error
-			if found[side], err = n.formatOne(ctx, serial, fs, sides[side]); err != nil {
+			if found[side], err = n.formatOne(ctx, serial, fs, limited, sides[side]); err != nil {
 				return err
 			}
 		}
@@ -51,7 +59,6 @@ func (n *diskNode) measureFormat(ctx context.Context, fs node.FileSystem) error 
 		steps["rest"] = append(steps["rest"], rest)
 		n.say("pair %d of %d: %.0f ms, and the peer's %.0f ms", i+1, n.o.Runs, a.took, b.took)
 	}
-	name := "disk.format." + string(fs)
 	n.figure(compare(name, "ms", DiskPeer, times))
 	for _, s := range append(diskSteps, "rest") {
 		n.figure(Figure{Name: name + "." + s, Unit: "ms", Ours: round(median(steps[s])), Runs: len(times)})
@@ -66,7 +73,7 @@ func (n *diskNode) measureFormat(ctx context.Context, fs node.FileSystem) error 
 }
 
 // formatOne attaches a blank disk for one side.
-func (n *diskNode) formatOne(ctx context.Context, serial string, fs node.FileSystem, side func(context.Context, *cbs, node.FileSystem) (formatted, error)) (formatted, error) {
+func (n *diskNode) formatOne(ctx context.Context, serial string, fs node.FileSystem, limited bool, side func(context.Context, *cbs, node.FileSystem) (formatted, error)) (formatted, error) {
 	c, err := n.newDisk(serial)
 	if err == nil {
 		err = c.attach()
@@ -75,6 +82,12 @@ func (n *diskNode) formatOne(ctx context.Context, serial string, fs node.FileSys
 		return formatted{}, err
 	}
 	defer os.Remove(c.file)
+	if limited {
+		if err := c.limit(true); err != nil {
+			return formatted{}, err
+		}
+		defer c.limit(false)
+	}
 	if err := c.appear(); err != nil {
 		return formatted{}, err
 	}
