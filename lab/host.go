@@ -36,6 +36,7 @@ type host struct {
 
 type machine struct {
 	*cvm.Machine
+	spec   cvm.Spec // that it was started with
 	follow context.CancelFunc
 	done   chan struct{} // closed when nobody follows the console any more
 }
@@ -138,16 +139,21 @@ func (h *host) Run(ctx context.Context, m cloud.Machine) error {
 	if err != nil {
 		return err
 	}
-	fctx, cancel := context.WithCancel(context.Background())
-	run := &machine{Machine: vm, follow: cancel, done: make(chan struct{})}
+	h.began(vm, spec, timeline)
+	return nil
+}
+
+// began follows the console of a machine that has been started.
+func (h *host) began(vm *cvm.Machine, spec cvm.Spec, timeline *Timeline) {
+	ctx, cancel := context.WithCancel(context.Background())
+	run := &machine{Machine: vm, spec: spec, follow: cancel, done: make(chan struct{})}
 	go func() {
 		defer close(run.done)
-		follow(fctx, vm.Console(), timeline.readLine)
+		follow(ctx, vm.Console(), timeline.readLine)
 	}()
 	h.mu.Lock()
-	h.machines[m.Instance] = run
+	h.machines[spec.Name] = run
 	h.mu.Unlock()
-	return nil
 }
 
 // Destroy ends an instance and removes what only it had.

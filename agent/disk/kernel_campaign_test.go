@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -102,23 +103,35 @@ func must(t *testing.T, err error) {
 // whatever becomes of the disk.
 func turn(ctx context.Context, t *testing.T, d *Disk) (planned string, err error) {
 	t.Helper()
-	type result struct {
-		planned string
-		err     error
-	}
-	done := make(chan result, 1)
+	return await(t, begin(ctx, d))
+}
+
+// begin has a module plan and apply beside the test, which awaits it.
+func begin(ctx context.Context, d *Disk) <-chan turned {
+	done := make(chan turned, 1)
 	go func() {
 		p, err := d.Plan(ctx)
 		if err == nil {
 			err = d.Apply(ctx, p)
 		}
-		done <- result{p.String(), err}
+		done <- turned{p.String(), err}
 	}()
+	return done
+}
+
+type turned struct {
+	planned string
+	err     error
+}
+
+func await(t *testing.T, done <-chan turned) (planned string, err error) {
+	t.Helper()
 	select {
 	case r := <-done:
 		return r.planned, r.err
 	case <-time.After(2 * time.Minute):
-		t.Fatal("the module hangs")
+		stacks := make([]byte, 1<<20)
+		t.Fatalf("the module hangs:\n%s", stacks[:runtime.Stack(stacks, true)])
 		return "", nil
 	}
 }

@@ -4,7 +4,6 @@ package disk
 
 import (
 	"bufio"
-	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
@@ -13,14 +12,14 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tkenode/tkenode/lab/proc"
 )
 
 // storage is disks that fail as they are told to: QEMU's block layer keeps them,
@@ -42,23 +41,21 @@ func newStorage(t *testing.T) *storage {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	s := &storage{t: t, dir: dir}
 	socket := filepath.Join(dir, "qmp")
-	said := &bytes.Buffer{}
-	cmd := exec.Command("qemu-storage-daemon", "--chardev", "socket,id=qmp,server=on,wait=off,path="+socket, "--monitor", "qmp")
-	cmd.Stdout, cmd.Stderr = said, said
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := cmd.Start(); err != nil {
+	group := proc.NewGroup() // ends with this process, however that ends
+	t.Cleanup(func() { group.Close() })
+	_, err = group.Start(proc.Command{
+		Path: "qemu-storage-daemon", Args: []string{"--chardev", "socket,id=qmp,server=on,wait=off,path=" + socket, "--monitor", "qmp"},
+		Log: filepath.Join(dir, "log"),
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
 	for began := time.Now(); ; time.Sleep(5 * time.Millisecond) {
 		if s.conn, err = net.Dial("unix", socket); err == nil {
 			break
 		}
 		if time.Since(began) > 20*time.Second {
-			t.Fatalf("qemu-storage-daemon: %v: %s", err, said)
+			t.Fatalf("qemu-storage-daemon: %v", err)
 		}
 	}
 	s.in = bufio.NewScanner(s.conn)

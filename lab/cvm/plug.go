@@ -33,8 +33,12 @@ func (d Disk) backend() map[string]string {
 }
 
 func (d Disk) device(slot int) map[string]string {
+	serial := d.ID
+	if d.Serial != nil {
+		serial = *d.Serial
+	}
 	return map[string]string{
-		"driver": "virtio-blk-pci", "id": d.ID, "drive": blockNode(d.ID), "serial": d.ID, "bus": rootPort(slot),
+		"driver": "virtio-blk-pci", "id": d.ID, "drive": blockNode(d.ID), "serial": serial, "bus": rootPort(slot),
 	}
 }
 
