@@ -163,7 +163,7 @@ func (e *episode) brokenOurs(fsType node.FileSystem, what string, sector int64) 
 // place, and when it is back all is well.
 func TestKernelCampaignUnplug(t *testing.T) {
 	for _, fsType := range wholeOnly(node.Ext4, node.XFS) {
-		episodes(t, "unplugged, "+string(fsType), 4, func(e *episode) {
+		episodes(t, "unplugged, "+string(fsType), 3, func(e *episode) {
 			for _, state := range []string{"planned", "sample", "read", "format", "mount", "mounted", "dirty"} {
 				e.unplugged(fsType, state)
 			}

@@ -256,7 +256,7 @@ func readLog(t *testing.T, path string) (all []logEntry) {
 // some. The next life comes to the same end, or says that somebody has to decide.
 func TestKernelCampaignPowerCut(t *testing.T) {
 	for _, fs := range wholeOnly(node.Ext4, node.XFS) {
-		episodes(t, "power cut, "+string(fs), 4, func(e *episode) {
+		episodes(t, "power cut, "+string(fs), 2, func(e *episode) {
 			c := newCut(e, fs)
 			entries := c.record()
 			e.figures["writes and flushes"] = float64(len(entries))

@@ -24,7 +24,7 @@ import (
 // to three disks, while the modules keep them; a model says which disk may be
 // written to.
 func TestKernelCampaignModel(t *testing.T) {
-	episodes(t, "model", 40, func(e *episode) {
+	episodes(t, "model", 20, func(e *episode) {
 		steps := 25
 		if e.whole {
 			steps = 150
