@@ -70,6 +70,9 @@ campaign-disk: setup build ## break disks, their content and the agent at random
 	@mkdir -p out
 	$(GO) test -tags kernel -count=1 -timeout 2h -run '^TestKernelCampaign' -exec '$(SUDO)' ./agent/disk/ \
 		-campaign $(CURDIR)/out/campaign-disk.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
+	@$(LAB) build
+	$(GO) test -tags node -count=1 -timeout 1h -run '^TestCampaignDisks$$' ./lab/ \
+		-campaign $(CURDIR)/out/campaign-disk.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
 
 sweep-disk: ## make every read of 34 kinds of disks fail, for us and for mount-utils, and count who would format them; at most 10 min
 	@packaging/setup debian-packages debian-packages-sweep

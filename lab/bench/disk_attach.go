@@ -46,25 +46,26 @@ func measureAttach(ctx context.Context, n *diskNode) error {
 	}
 	n.say("%d disks are formatted", len(all))
 	for _, count := range disksAtOnce {
-		var each, last []float64
+		var each, last, mounting []float64
 		for range n.o.Runs {
-			took, err := n.attachAll(ctx, all[:count])
+			took, mounts, err := n.attachAll(ctx, all[:count])
 			if err != nil {
 				return err
 			}
-			each, last = append(each, took...), append(last, slices.Max(took))
+			each, last, mounting = append(each, took...), append(last, slices.Max(took)), append(mounting, mounts...)
 		}
 		name := fmt.Sprintf("disk.attach.%d", count)
 		n.figure(Figure{Name: name + ".p50", Unit: "ms", Ours: round(median(each)), Runs: len(each)})
 		n.figure(Figure{Name: name + ".p99", Unit: "ms", Ours: round(percentile(each, 99)), Runs: len(each)})
+		n.figure(Figure{Name: name + ".mount", Unit: "ms", Ours: round(median(mounting)), Runs: len(mounting)})
 		n.figure(Figure{Name: name + ".last", Unit: "ms", Ours: round(median(last)), Runs: n.o.Runs})
 	}
 	return nil
 }
 
 // attachAll lets disks appear at once beside a running engine, and returns for each
-// how long it took until it was mounted.
-func (n *diskNode) attachAll(ctx context.Context, disks []*cbs) (took []float64, err error) {
+// how long it took until it was mounted, and how long of that was the mounting itself.
+func (n *diskNode) attachAll(ctx context.Context, disks []*cbs) (took, mounts []float64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	var modules []reconcile.Module
@@ -86,14 +87,14 @@ func (n *diskNode) attachAll(ctx context.Context, disks []*cbs) (took []float64,
 	}()
 	for _, c := range disks {
 		if err := c.attach(); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 	}
 	// Each has looked, and waits for its disk.
 	for slices.ContainsFunc(engine.Status(), func(s reconcile.InstanceStatus) bool { return s.Reason != "Absent" }) {
 		select {
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return nil, nil, ctx.Err()
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
@@ -112,22 +113,29 @@ func (n *diskNode) attachAll(ctx context.Context, disks []*cbs) (took []float64,
 		if err := errors.Join(c.appear(), c.announce()); err != nil {
 			cancel()
 			<-mounted
-			return nil, err
+			return nil, nil, err
 		}
 	}
 	end := <-mounted
 	if end.err != nil {
-		return nil, end.err
+		return nil, nil, end.err
 	}
 	for _, c := range disks {
 		took = append(took, milliseconds(end.at[c.serial].Sub(began[c.serial])))
 	}
 	stop()
 	running.Wait()
+	for _, m := range modules {
+		for _, s := range m.(*disk.Disk).State().Steps {
+			if s.Name == "mount" {
+				mounts = append(mounts, milliseconds(s.Ended.Sub(s.Began)))
+			}
+		}
+	}
 	for _, c := range disks {
 		err = errors.Join(err, c.detach(n.mountPoint(c.serial)))
 	}
-	return took, err
+	return took, mounts, err
 }
 
 // watchMounts returns when each of the disks was mounted.
