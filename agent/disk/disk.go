@@ -36,6 +36,7 @@ type Disk struct {
 	firstBoot bool
 	cloud     Cloud
 	sys       string // where sysfs is mounted
+	boot      string // the kernel's name for this boot
 	ledger    ledger
 	log       *slog.Logger
 	account   account
@@ -60,7 +61,7 @@ type Options struct {
 
 // New returns the module for one disk.
 func New(o Options) *Disk {
-	return &Disk{want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", ledger: ledger(o.Ledger), log: o.Log, patience: readPatience}
+	return &Disk{want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", boot: bootID(), ledger: ledger(o.Ledger), log: o.Log, patience: readPatience}
 }
 
 // Close gives up what is read, unless something that hangs holds the disk.

@@ -37,8 +37,8 @@ func newPatient(e *episode, fsType node.FileSystem) *patient {
 	clearFile(e.T, file, p.size)
 	p.sick = s.disk("patient", file, nil)
 	p.life = life{
-		node.DiskConfig{DiskID: serial, FileSystem: fsType, MountPoint: filepath.Join(s.dir, "mnt")},
-		filepath.Join(s.dir, "sys"), filepath.Join(s.dir, "ledger"),
+		Want: node.DiskConfig{DiskID: serial, FileSystem: fsType, MountPoint: filepath.Join(s.dir, "mnt")},
+		Sys:  filepath.Join(s.dir, "sys"), Ledger: filepath.Join(s.dir, "ledger"),
 	}
 	sysfsEntry(e.T, p.Sys, p.sick.loop, serial)
 	p.d = p.life.disk()
@@ -51,7 +51,7 @@ func (p *patient) end() {
 	p.d.Close()
 	p.unmount()
 	clearImmutable(p.Want.MountPoint)
-	p.sick.end()
+	p.s.close()
 }
 
 func (p *patient) unmount() {

@@ -27,11 +27,15 @@ import (
 type life struct {
 	Want        node.DiskConfig
 	Sys, Ledger string
+	Boot        string // empty: this one
 }
 
 func (l life) disk() *Disk {
 	d := New(Options{Want: l.Want, Ledger: l.Ledger, Log: slog.New(slog.DiscardHandler)})
 	d.sys, d.patience = l.Sys, time.Minute
+	if l.Boot != "" {
+		d.boot = l.Boot
+	}
 	return d
 }
 
@@ -130,7 +134,7 @@ func wholeOnly(always, whole node.FileSystem) []node.FileSystem {
 func (e *episode) killedAt(fs node.FileSystem, call string, when int) (ended bool) {
 	b := newBench(e.T, fs, nil)
 	defer b.end(e.T)
-	l := life{b.want, b.sys, string(b.ledger)}
+	l := life{Want: b.want, Sys: b.sys, Ledger: string(b.ledger)}
 	ended = l.killed(e.T, call, when)
 	e.figures["lives"]++
 	e.after(l, b.file, 0, nil, fmt.Sprintf("%s %d", call, when))
@@ -173,14 +177,16 @@ func (e *episode) after(l life, file string, from int64, kept func(dir string) e
 		}
 	}
 	st := d.State()
-	e.figures["then "+st.State]++
-	if st.State != Mounted {
+	state := node.ReasonOf(err, st.State)
+	e.figures["then "+state]++
+	if state != Mounted {
 		now, _ := hashFile(e.T, file, from)
 		if blank || now != sum {
-			e.Errorf("%s: the disk was blank: %v, and has been written to: %v; %s: %s", what, blank, now != sum, st.State, st.Message)
+			e.Errorf("%s: the disk was blank: %v, and has been written to: %v; %s: %v", what, blank, now != sum, state, err)
 		}
-		if st.State != "FormatInterrupted" {
-			e.Errorf("%s: %s: %s", what, st.State, st.Message)
+		if state != "FormatInterrupted" {
+			past, damage := d.ledger.read()
+			e.Errorf("%s: %s: %v; ledger %+v, %v", what, state, err, past, damage)
 		}
 		must(e.T, d.Decide(e.Context(), Order{Act: actFormat, DiskID: l.Want.DiskID, Serial: l.Want.DiskID}))
 		if _, err := turn(ctx, e.T, d); err != nil {
@@ -306,7 +312,10 @@ func (c *cut) boot(file string) (l life, off func()) {
 	must(c.T, os.RemoveAll(sys))
 	sysfsEntry(c.T, sys, data, serial)
 	must(c.T, unix.Mount("/dev/"+system, mnt, "ext4", 0, ""))
-	l = life{node.DiskConfig{DiskID: serial, FileSystem: c.fs, MountPoint: filepath.Join(c.dir, "data")}, sys, filepath.Join(mnt, "ledger")}
+	l = life{
+		Want: node.DiskConfig{DiskID: serial, FileSystem: c.fs, MountPoint: filepath.Join(c.dir, "data")},
+		Sys:  sys, Ledger: filepath.Join(mnt, "ledger"),
+	}
 	return l, func() {
 		for unix.Unmount(l.Want.MountPoint, 0) == nil {
 		}
@@ -363,6 +372,7 @@ func (c *cut) cut(entries []logEntry, flushed int, what string) {
 	must(c.T, f.Close())
 	l, off := c.boot(file)
 	defer off()
+	l.Boot = "the next"
 	_, serr := os.Stat(filepath.Join(filepath.Dir(l.Ledger), "synced"))
 	c.figures["cuts"]++
 	c.after(l, file, systemSize, func(dir string) error {

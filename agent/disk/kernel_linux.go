@@ -20,7 +20,7 @@ import (
 // observe reads what decide needs; what is on the disk, only if it is asked for
 // and nobody uses the disk.
 func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
-	have := observed{Listed: d.sealed.Facts.DataDisks, Cluster: d.sealed.Config.Cluster.ID}
+	have := observed{Listed: d.sealed.Facts.DataDisks, Cluster: d.sealed.Config.Cluster.ID, Boot: d.boot}
 	var err error
 	// A disk that is mounted needs no ledger.
 	have.Ledger, have.ledgerErr = d.ledger.read()
@@ -64,6 +64,15 @@ func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
 	}
 	have.Content, err = d.look(ctx, dev)
 	return have, err
+}
+
+// bootID returns the kernel's name for this boot, see random(4).
+func bootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "" // a kernel of which nothing is known
+	}
+	return strings.TrimSpace(string(b))
 }
 
 // link returns where path leads if a part of it is a symbolic link, else nothing.

@@ -30,6 +30,19 @@ type storage struct {
 	dir  string
 	conn net.Conn
 	in   *bufio.Scanner
+
+	daemon *proc.Group
+	disks  []*sick
+}
+
+// close ends the disks.
+func (s *storage) close() {
+	for _, d := range s.disks {
+		d.end()
+	}
+	s.disks = nil
+	s.daemon.Close() // it was told to end, and how it did is of no interest
+	os.RemoveAll(s.dir)
 }
 
 func newStorage(t *testing.T) *storage {
@@ -38,12 +51,11 @@ func newStorage(t *testing.T) *storage {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
 	s := &storage{t: t, dir: dir}
+	t.Cleanup(s.close)
 	socket := filepath.Join(dir, "qmp")
-	group := proc.NewGroup() // ends with this process, however that ends
-	t.Cleanup(func() { group.Close() })
-	_, err = group.Start(proc.Command{
+	s.daemon = proc.NewGroup() // ends with this process, however that ends
+	_, err = s.daemon.Start(proc.Command{
 		Path: "qemu-storage-daemon", Args: []string{"--chardev", "socket,id=qmp,server=on,wait=off,path=" + socket, "--monitor", "qmp"},
 		Log: filepath.Join(dir, "log"),
 	})
@@ -119,7 +131,7 @@ func (s *storage) disk(name, file string, driver args) *sick {
 	s.do("block-export-add", args{"type": "fuse", "id": name, "node-name": name, "mountpoint": d.path, "writable": true})
 	s.oneByOne(d.path)
 	d.loop = attachLoop(s.t, d.path)
-	s.t.Cleanup(d.end)
+	s.disks = append(s.disks, d)
 	return d
 }
 

@@ -33,6 +33,8 @@ type entry struct {
 	SizeBytes  int64           `json:"sizeBytes"`
 	Proof      string          `json:"proof,omitempty"` // what it rested on that the disk was blank; empty: it was not ours to format
 	At         time.Time       `json:"at"`
+	// Boot is that in which formatting began, and only told until it has ended.
+	Boot string `json:"boot,omitempty"`
 }
 
 func (e entry) valid(id string) error {

@@ -23,6 +23,7 @@ type observed struct {
 	// Decision is what an operator has decided for the wanted disk, and not yet done.
 	Decision *decision `json:"decision,omitempty"`
 	Cluster  string    `json:"cluster,omitempty"` // of the node
+	Boot     string    `json:"boot,omitempty"`
 	// Link is where the mount point leads if a part of it is a symbolic link.
 	Link string `json:"link,omitempty"`
 	// Settling says that udev is at work: there may be devices that are not seen yet.
@@ -281,6 +282,9 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 			fmt.Errorf("%s reads as blank, but was formatted on %s (uuid %s)", dev, past.At.Format("2006-01-02 15:04:05Z"), past.UUID))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
 		return []step{{format, fmt.Sprintf("format %s with %s once it is proven blank", dev, fs)}, mount}, nil
+	case one && ours && past.State == stateFormatting && past.Boot != have.Boot && !decided(actAdopt):
+		// The power may have gone before all of it was on the disk.
+		return nil, interrupted(dev, c, past)
 	case one && ours && c.UUID != past.UUID && otherCluster(c.UUID, have.Cluster) &&
 		want.WhenNotBlank != node.MountFound && !decided(actAdopt):
 		return nil, node.Terminal("OtherCluster", "attach another disk; or, to use it as it is, type: "+command(actAdopt, dev),
@@ -301,8 +305,7 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 		}
 		return []step{{adopt, fmt.Sprintf("adopt %s: it holds %s %s (uuid %s)", dev.Serial, whose, c.Signatures[0], c.UUID)}, mount}, nil
 	case past.State == stateFormatting:
-		return nil, node.Terminal("FormatInterrupted", eraseIt+command(actFormat, dev),
-			fmt.Errorf("formatting %s began on %s and was cut off; it now holds %s", dev, past.At.Format("2006-01-02 15:04:05Z"), c))
+		return nil, interrupted(dev, c, past)
 	}
 	if len(dev.Partitions) > 0 {
 		c.Signatures = append([]string{"partitions"}, c.Signatures...)
@@ -314,6 +317,16 @@ func unreadable(dev device, c content) error {
 	return &node.Error{Class: node.ClassTransient, Reason: "Unreadable",
 		Fix: "look at `dmesg`, and detach the disk if it is broken; if it holds nothing that you need and both its ends can be read, type: " + command(actFormat, dev),
 		Err: fmt.Errorf("%s cannot be read, so it counts as holding data: %s", dev, c.Unreadable)}
+}
+
+// interrupted says what a disk holds of which nobody knows how far its formatting got.
+func interrupted(dev device, c content, past entry) error {
+	fix := eraseIt + command(actFormat, dev)
+	if adoptable(c) {
+		fix = "check it (`e2fsck -fn`, `xfs_repair -n`), and if it is sound, type: " + command(actAdopt, dev) + "; or " + fix
+	}
+	return node.Terminal("FormatInterrupted", fix,
+		fmt.Errorf("formatting %s began on %s and was cut off; it now holds %s", dev, past.At.Format("2006-01-02 15:04:05Z"), c))
 }
 
 // foreign says what a disk holds that is not ours.

@@ -127,6 +127,7 @@ func lock(ctx context.Context, disk *os.File) error {
 // proof is the reading of every block of a disk, which may take hours.
 type proof struct {
 	*claim
+	past   entry  // of the ledger
 	why    string // the cloud does not vouch for the disk
 	began  time.Time
 	cancel context.CancelFunc
@@ -163,14 +164,14 @@ func (d *Disk) blank(ctx context.Context, dev device, past entry) (*claim, strin
 	if !found.Blank {
 		d.suspect = suspect{dev, found.at}
 		c.close()
-		return nil, "", refuse(dev, found)
+		return nil, "", refuse(dev, found, past)
 	}
 	bad, sound := unsound(evidence)
 	if sound {
 		last := evidence[len(evidence)-1]
 		return c, "new, as the cloud says (" + last.Source + " " + last.Text + "); " + sampleText + " were read as zero", nil
 	}
-	d.begin(c, fmt.Sprintf("%s: %s", bad.Source, bad.Text))
+	d.begin(c, past, fmt.Sprintf("%s: %s", bad.Source, bad.Text))
 	return d.conclude(ctx)
 }
 
@@ -191,9 +192,9 @@ func (d *Disk) ordered(ctx context.Context, dev device, order *decision) (*claim
 }
 
 // begin begins to read every block of a claimed disk.
-func (d *Disk) begin(c *claim, why string) {
+func (d *Disk) begin(c *claim, past entry, why string) {
 	ctx, cancel := context.WithCancel(context.Background())
-	p := &proof{claim: c, why: why, began: time.Now(), cancel: cancel, done: make(chan struct{})}
+	p := &proof{claim: c, past: past, why: why, began: time.Now(), cancel: cancel, done: make(chan struct{})}
 	d.proof = p
 	d.log.Info("reading every block", "disk", c.dev.String(), "why", why)
 	ended := d.account.begin("read")
@@ -227,7 +228,7 @@ func (d *Disk) conclude(ctx context.Context) (*claim, string, error) {
 	if !found.Blank {
 		d.suspect = suspect{p.dev, found.at}
 		p.close()
-		return nil, "", refuse(p.dev, found)
+		return nil, "", refuse(p.dev, found, p.past)
 	}
 	return p.claim, fmt.Sprintf("every block was read as zero, %s; the cloud does not vouch for it (%s)", Size(p.dev.SizeBytes), p.why), nil
 }
@@ -275,9 +276,12 @@ func (p *proof) progress(now time.Time) string {
 }
 
 // refuse says why a disk that was to be formatted is not.
-func refuse(dev device, c content) error {
-	if c.Unreadable != "" {
+func refuse(dev device, c content, past entry) error {
+	switch {
+	case c.Unreadable != "":
 		return unreadable(dev, c)
+	case past.State == stateFormatting:
+		return interrupted(dev, c, past)
 	}
 	return foreign(dev, c) // where the plan has not looked
 }
