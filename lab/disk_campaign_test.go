@@ -27,7 +27,7 @@ var (
 )
 
 const (
-	campaignDisks = 19 // and the one that came with the instance
+	campaignDisks = 19 // and one for containerd, number 0
 	plugged       = 4  // of them are plugged while the node runs
 	killedOne     = 5  // is plugged while the agent is killed
 	cloned        = 6  // was made from a snapshot of another
@@ -95,8 +95,10 @@ func (m *diskCampaign) launch() {
 		m.t.Fatal(err)
 	}
 	v.Token = token.Reveal()
-	const first = "    mountPoint: /var/lib/containerd\n"
+	// None comes with the instance: the NodeConfig has to name them all.
+	const first = "  - fileSystem: ext4\n    mountPoint: /var/lib/containerd\n"
 	var more strings.Builder
+	fmt.Fprintf(&more, "  - diskID: %s\n    fileSystem: ext4\n    mountPoint: /var/lib/containerd\n", diskName(0))
 	for i := range campaignDisks {
 		fs := "ext4"
 		if i%4 == 3 {
@@ -104,12 +106,12 @@ func (m *diskCampaign) launch() {
 		}
 		fmt.Fprintf(&more, "  - diskID: %s\n    fileSystem: %s\n    mountPoint: %s\n", diskName(i+1), fs, diskMount(i+1))
 	}
-	userData := replace(first, first+more.String())(m.t, m.Lab, v)
-	m.c, err = m.Launch(m.t.Context(), LaunchSpec{DataDisks: []int{10}, UserData: userData})
+	userData := replace(first, more.String())(m.t, m.Lab, v)
+	m.c, err = m.Launch(m.t.Context(), LaunchSpec{UserData: userData})
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	m.await(map[string]string{"disk/data": disk.Mounted, "disk/" + diskName(1): "Absent"})
+	m.await(map[string]string{"disk/" + diskName(0): "Absent", "disk/" + diskName(1): "Absent"})
 }
 
 // disk returns a disk of the lab; the file behind it is made if it is not there.
@@ -117,7 +119,11 @@ func (m *diskCampaign) disk(id string) cvm.Disk {
 	path := m.host.diskPath(id)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err == nil {
-		err = f.Truncate(320 << 20)
+		size := int64(320 << 20)
+		if id == diskName(0) { // containerd's
+			size = 2 << 30
+		}
+		err = f.Truncate(size)
 		f.Close()
 	}
 	if err != nil {
@@ -196,11 +202,11 @@ func (m *diskCampaign) names(states map[string]disk.State) map[int]string {
 
 func (m *diskCampaign) plugSome() {
 	want := map[string]string{}
-	for i := range plugged {
-		if err := m.machine().PlugDisk(within(m.t, time.Minute), m.disk(diskName(i+1))); err != nil {
+	for i := range plugged + 1 {
+		if err := m.machine().PlugDisk(within(m.t, time.Minute), m.disk(diskName(i))); err != nil {
 			m.t.Fatal(err)
 		}
-		want["disk/"+diskName(i+1)] = disk.Mounted
+		want["disk/"+diskName(i)] = disk.Mounted
 	}
 	m.await(want)
 	m.mark(1, 2, 3, 4)
@@ -261,10 +267,10 @@ func (m *diskCampaign) off() cvm.Spec {
 // on turns the machine on with every disk, in another order.
 func (m *diskCampaign) on(spec cvm.Spec) {
 	m.t.Helper()
-	all := append([]cvm.Disk{}, spec.Disks[:1]...) // the instance's own
-	for i := range campaignDisks {
-		d := m.disk(diskName(i + 1))
-		if i+1 == misnamed {
+	var all []cvm.Disk
+	for i := range campaignDisks + 1 {
+		d := m.disk(diskName(i))
+		if i == misnamed {
 			other := "disk-other0008"
 			d.Serial = &other
 		}
@@ -338,9 +344,9 @@ func (m *diskCampaign) reordered() {
 
 // expected is how each disk has to stand after a boot.
 func (m *diskCampaign) expected() map[string]string {
-	want := map[string]string{"disk/data": disk.Mounted}
-	for i := range campaignDisks {
-		want["disk/"+diskName(i+1)] = disk.Mounted
+	want := map[string]string{}
+	for i := range campaignDisks + 1 {
+		want["disk/"+diskName(i)] = disk.Mounted
 	}
 	want["disk/"+diskName(cloned)], want["disk/"+diskName(foreign)] = "Foreign", "Foreign"
 	want["disk/"+diskName(misnamed)], want["disk/"+diskName(twin)] = "Absent", "Ambiguous"
