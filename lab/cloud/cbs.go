@@ -1,6 +1,7 @@
 package cloud
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"strconv"
@@ -259,4 +260,17 @@ func (r *Region) createDisks(id string, in *createDisksIn) (any, error) {
 		},
 	})
 	return struct{ DiskIdSet []string }{ids}, nil
+}
+
+// CreateDisk creates a data disk that is attached to nothing, at once, in a zone;
+// empty: the first.
+func (r *Region) CreateDisk(zone string, spec DiskSpec) Disk {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	d := Disk{
+		ID: newID("disk-"), Type: cmp.Or(spec.Type, defaultDiskType), SizeGiB: spec.SizeGiB, State: unattached, Content: spec.Content,
+		Zone: cmp.Or(zone, r.config.Zones[0].Name), Created: time.Now(),
+	}
+	r.disks.put(d.ID, d)
+	return d
 }
