@@ -171,11 +171,13 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 
 	var modules []reconcile.Module
 	var disks []*disk.Disk
-	for _, want := range s.Config.Disks {
-		disks = append(disks, disk.New(disk.Options{
-			Want: want, Sealed: s, FirstBoot: sealedNow(s, node.ReportFile), Cloud: cloud, Ledger: filepath.Join(stateDir, "disk"), Log: log("disk"),
-		}))
+	options := disk.Options{Sealed: s, FirstBoot: sealedNow(s, node.ReportFile), Cloud: cloud, Ledger: filepath.Join(stateDir, "disk"), Log: log("disk")}
+	for _, options.Want = range s.Config.Disks {
+		disks = append(disks, disk.New(options))
 		modules = append(modules, disks[len(disks)-1])
+	}
+	for _, d := range disk.Detached(options) {
+		modules = append(modules, d)
 	}
 	modules = append(modules,
 		unit.Containerd(files, bus, containerd, seedFile),

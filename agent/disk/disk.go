@@ -71,12 +71,16 @@ func (d *Disk) Close() {
 	}
 }
 
-// Name returns "disk/<disk id>", or "disk/data" for the only data disk.
+// Name returns "disk/<disk id>", "disk<mount point>" for one that a selector finds,
+// or "disk/data" for the only data disk.
 func (d *Disk) Name() string {
-	if d.want.DiskID == "" {
-		return "disk/data"
+	switch {
+	case d.want.DiskID != "":
+		return "disk/" + d.want.DiskID
+	case d.want.Selector != (node.DiskSelector{}):
+		return "disk" + d.want.MountPoint
 	}
-	return "disk/" + d.want.DiskID
+	return "disk/data"
 }
 
 // Condition returns the condition that the disk serves.
@@ -132,6 +136,12 @@ func (d *Disk) do(ctx context.Context, v verb) error {
 	}
 	if len(steps) == 0 || steps[0].verb != v {
 		return nil // somebody was faster; the next plan tells
+	}
+	switch v {
+	case record:
+		return d.keep(ctx, have)
+	case join:
+		return d.join(ctx)
 	}
 	dev, err := bind(d.want, have)
 	if err != nil {

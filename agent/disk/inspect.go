@@ -297,7 +297,7 @@ var signatures = []signature{
 }
 
 // identify names what begins with head and ends with tail. uuid and label are
-// set only if it is exactly one file system, ext4 or xfs, in good order.
+// set only if it is exactly one file system, ext2 to ext4 or xfs, in good order.
 func identify(head, tail []byte) (found []string, uuid, label string) {
 	for _, s := range signatures {
 		b, at := head, s.at

@@ -40,7 +40,14 @@ func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
 	if have.Swaps, err = swaps(); err != nil {
 		return have, err
 	}
+	have.Binding, have.boundErr = d.bound(ctx, have)
 	dev, err := bind(d.want, have)
+	if d.want.Attach && node.ReasonOf(err, "") == absent {
+		if have.Attach, err = d.attachable(ctx); err != nil {
+			return have, err
+		}
+		return have, nil
+	}
 	_, mounted := have.at(d.want.MountPoint)
 	if err != nil || mounted || have.ledgerErr != nil || unused(dev, have) != nil {
 		d.drop()         // whatever is read, it is not to be formatted
@@ -175,7 +182,7 @@ func (d *Disk) mount(dev device, fs string) error {
 		d.log.Warn("the mount point stays writable when nothing is mounted on it", "disk", dev.Serial, "dir", target, "err", err)
 	}
 	options := ""
-	if fs == string(node.Ext4) {
+	if fs == string(node.Ext4) || fs == string(node.Ext3) {
 		options = "errors=remount-ro"
 	}
 	if err := unix.Mount("/dev/"+dev.Name, target, fs, unix.MS_NOATIME, options); err != nil {

@@ -23,11 +23,16 @@ type observed struct {
 	// Decision is what an operator has decided for the wanted disk, and not yet done.
 	Decision *decision `json:"decision,omitempty"`
 	Cluster  string    `json:"cluster,omitempty"` // of the node
+	// Binding is what the selector means; nil: there is none, or it has not been found.
+	Binding *binding `json:"binding,omitempty"`
+	// Attach is there if the disk is not, and is to be attached.
+	Attach *attachment `json:"attach,omitempty"`
 	// Link is where the mount point leads if a part of it is a symbolic link.
 	Link string `json:"link,omitempty"`
 	// Settling says that udev is at work: there may be devices that are not seen yet.
 	Settling  bool  `json:"settling,omitempty"`
 	ledgerErr error // why Ledger is not complete; nil: it is
+	boundErr  error // why the selector has no Binding
 }
 
 // device is a whole block device with a serial attribute.
@@ -107,6 +112,8 @@ const (
 	format verb = "format"
 	adopt  verb = "adopt"
 	attach verb = "mount"
+	record verb = "bind"   // what the selector means
+	join   verb = "attach" // the disk to the instance
 )
 
 type step struct {
@@ -120,7 +127,13 @@ func decide(want node.DiskConfig, have observed) ([]step, error) {
 		return nil, node.Terminal("MountPointIsLink", fmt.Sprintf("set disks[].mountPoint: %s in the NodeConfig, or make it a directory", have.Link),
 			fmt.Errorf("%s leads to %s by a symbolic link", want.MountPoint, have.Link))
 	}
+	if b := have.Binding; b != nil && b.At.IsZero() {
+		return []step{{verb: record, text: fmt.Sprintf("bind %s to %s by its selector (%s): %s", b.MountPoint, b.DiskID, describeSelector(b.Selector), b.Source)}}, nil
+	}
 	dev, err := bind(want, have)
+	if err != nil && have.Attach != nil {
+		return attaching(want, *have.Attach)
+	}
 	if err != nil {
 		return nil, cmp.Or(have.ledgerErr, err)
 	}
@@ -138,12 +151,9 @@ func decide(want node.DiskConfig, have observed) ([]step, error) {
 
 // bind returns the one device that is the wanted disk.
 func bind(want node.DiskConfig, have observed) (device, error) {
-	id := want.DiskID
-	if id == "" {
-		var err error
-		if id, err = onlyDataDisk(want, have); err != nil {
-			return device{}, err
-		}
+	id, err := have.identity(want)
+	if err != nil {
+		return device{}, err
 	}
 	var found []device
 	var mute []string
@@ -163,11 +173,27 @@ func bind(want node.DiskConfig, have observed) (device, error) {
 		if len(mute) > 0 {
 			text += fmt.Sprintf(" (%s has not told its serial)", strings.Join(mute, ", "))
 		}
-		return device{}, node.Waiting("Absent", "%s", text)
+		return device{}, node.Waiting(absent, "%s", text)
 	default:
 		return device{}, node.Terminal("Ambiguous", "detach all but the right one",
 			fmt.Errorf("%d block devices claim the serial %s: %s", len(found), id, names(found)))
 	}
+}
+
+// absent is the reason of a disk that is not attached.
+const absent = "Absent"
+
+// identity returns the id of the wanted disk.
+func (o observed) identity(want node.DiskConfig) (string, error) {
+	switch {
+	case want.DiskID != "":
+		return want.DiskID, nil
+	case o.boundErr != nil:
+		return "", o.boundErr
+	case o.Binding != nil:
+		return o.Binding.DiskID, nil
+	}
+	return onlyDataDisk(want, o)
 }
 
 // diskID is what a CBS disk's serial looks like; virtio carries 20 bytes of it.
@@ -212,7 +238,7 @@ func onlyDataDisk(want node.DiskConfig, have observed) (string, error) {
 		}
 		return found[0].Serial, nil
 	case 0:
-		return "", node.Waiting("Absent", "no data disk is attached; one is wanted for %s", want.MountPoint)
+		return "", node.Waiting(absent, "no data disk is attached; one is wanted for %s", want.MountPoint)
 	default:
 		return "", node.Terminal("Ambiguous", "set disks[].diskID in the NodeConfig",
 			fmt.Errorf("the NodeConfig names no disk for %s and %d are attached: %s", want.MountPoint, len(found), names(found)))
@@ -279,6 +305,8 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 	case c.Blank && past.State == stateFormatted:
 		return nil, node.Terminal("Lost", "if its data may be lost, type: "+command(actFormat, dev),
 			fmt.Errorf("%s reads as blank, but was formatted on %s (uuid %s)", dev, past.At.Format("2006-01-02 15:04:05Z"), past.UUID))
+	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0 && want.FileSystem == node.Ext3:
+		return nil, node.Terminal("Ext3NotMade", "set fileSystem: ext4 in the NodeConfig", fmt.Errorf("%s is blank, and ext3 is only mounted where it is found", dev))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
 		return []step{{format, fmt.Sprintf("format %s with %s once it is proven blank", dev, fs)}, mount}, nil
 	case one && ours && c.UUID != past.UUID && otherCluster(c.UUID, have.Cluster) &&
@@ -333,7 +361,7 @@ const eraseIt = "name another disk in the NodeConfig; or, once you have saved wh
 // adoptable reports whether exactly one healthy file system was found that can be
 // mounted.
 func adoptable(c content) bool {
-	return c.UUID != "" && len(c.Signatures) == 1 && slices.Contains([]string{string(node.Ext4), string(node.XFS)}, c.Signatures[0])
+	return c.UUID != "" && len(c.Signatures) == 1 && slices.Contains([]string{string(node.Ext4), string(node.XFS), string(node.Ext3)}, c.Signatures[0])
 }
 
 // at returns the topmost mount at target.

@@ -21,6 +21,10 @@ type State struct {
 	MountPoint string          `json:"mountPoint"`
 	FileSystem node.FileSystem `json:"fileSystem"` // that it has, or is wanted to have
 	UUID       string          `json:"uuid,omitempty"`
+	// BoundBy says in a word why this disk is meant: diskID, selector or only disk;
+	// Binding says it in a sentence.
+	BoundBy string `json:"boundBy,omitempty"`
+	Binding string `json:"binding,omitempty"`
 	// Proof is what it rested on that the disk was blank, when it was formatted.
 	Proof    string     `json:"proof,omitempty"`
 	Ledger   *Past      `json:"ledger,omitempty"`
@@ -122,6 +126,10 @@ func (d *Disk) stands(have observed, steps []step, err error) {
 	if dev, err := bind(d.want, have); err == nil {
 		s.DiskID, s.Device, s.SizeBytes = dev.Serial, "/dev/"+dev.Name, dev.SizeBytes
 	}
+	if b := have.Binding; b != nil && s.DiskID == "" {
+		s.DiskID = b.DiskID
+	}
+	s.BoundBy, s.Binding = d.boundBy(have, s.DiskID)
 	if past, ok := have.Ledger[s.DiskID]; ok {
 		s.FileSystem, s.UUID, s.Proof, s.Ledger = past.FileSystem, past.UUID, past.Proof, &Past{past.State, past.At}
 	}
