@@ -144,7 +144,8 @@ func (r *Region) attachDisks(id string, in *attachDisksIn) (any, error) {
 				return r.hypervisor.PlugDisk(ctx, instance.ID, Volume{d.ID, d.SizeGiB, d.Content})
 			},
 			done: func(err error) {
-				if d.State, d.LastInstance = attached, instance.ID; err != nil {
+				d.State, d.LastInstance, d.Attached = attached, instance.ID, time.Now()
+				if err != nil {
 					d.State, d.Instance = unattached, ""
 				}
 				r.disks.put(d.ID, d)

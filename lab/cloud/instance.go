@@ -143,6 +143,7 @@ func (r *Region) create(spec InstanceSpec) (Instance, []ENI, []Disk, error) {
 	for i := range disks {
 		d := &disks[i]
 		d.State, d.Zone, d.Instance, d.LastInstance, d.Created = attached, s.Zone, in.ID, in.ID, now
+		d.Attached = now.Add(time.Duration(i))
 		r.disks.put(d.ID, *d)
 	}
 	r.instances.put(in.ID, in)

@@ -93,6 +93,7 @@ type Disk struct {
 	Content            string // see DiskSpec
 	Snapshot           string // that Content is said to be
 	Created            time.Time
+	Attached           time.Time // the order in which an instance has its disks
 }
 
 // copy returns an ENI that shares nothing with e.
