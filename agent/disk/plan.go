@@ -77,7 +77,7 @@ type content struct {
 	// Proving says how far the reading of every block is, if it is under way.
 	Proving string `json:"proving,omitempty"`
 	// Signatures names everything recognised; UUID and Label are those of the
-	// file system if there is exactly one signature and it is ext4 or xfs.
+	// file system if there is exactly one signature and it is ext2 to ext4 or xfs.
 	Signatures []string `json:"signatures,omitempty"`
 	UUID       string   `json:"uuid,omitempty"`
 	Label      string   `json:"label,omitempty"`

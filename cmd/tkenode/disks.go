@@ -16,7 +16,7 @@ import (
 var disksCommand = command{
 	name: "disks",
 	help: "the disks of the NodeConfig, and how each stands",
-	long: `One line for every disk: its id, size, state, mount point, file system, and what it rested on that it was
+	long: `One line for every disk: its id, why it is this one, size, state, mount point, file system, and what it rested on that it was
 blank when it was formatted. Under a disk that is not mounted is said why, and what to do.`,
 	flags: func(fs *flag.FlagSet) action {
 		format := output(fs)
@@ -82,7 +82,7 @@ var diskAdoptCommand = command{
 	name: "disk adopt",
 	args: "DISK",
 	help: "mount the file system that a disk holds, although tkenode did not make it (root)",
-	long: `The disk has to hold one file system, ext4 or xfs, and nothing else. Nothing is written to it but what mounting
+	long: `The disk has to hold one file system, ext3, ext4 or xfs, and nothing else. Nothing is written to it but what mounting
 writes. The decision is taken down in the ledger of disks with your user id, and is good once.`,
 	flags: func(fs *flag.FlagSet) action { return decide(fs, "adopt") },
 }
@@ -130,14 +130,14 @@ func renderDisks(t *terminal, all []disk.State) {
 		t.printf("the NodeConfig lists no disks\n")
 		return
 	}
-	rows := [][]string{{"DISK", "SIZE", "STATE", "MOUNT POINT", "FS", "PROOF"}}
+	rows := [][]string{{"DISK", "BOUND BY", "SIZE", "STATE", "MOUNT POINT", "FS", "PROOF"}}
 	for _, s := range all {
 		proof, _, _ := strings.Cut(s.Proof, ";")
 		proof, _, _ = strings.Cut(proof, " (")
 		if proof == "" && s.Ledger != nil {
 			proof = "held a file system when it was found"
 		}
-		rows = append(rows, []string{clean(cmp.Or(s.DiskID, s.Name)), cmp.Or(sizeOf(s), "-"), s.State, clean(s.MountPoint), string(s.FileSystem), cmp.Or(clean(proof), "-")})
+		rows = append(rows, []string{clean(cmp.Or(s.DiskID, s.Name)), cmp.Or(s.BoundBy, "-"), cmp.Or(sizeOf(s), "-"), s.State, clean(s.MountPoint), string(s.FileSystem), cmp.Or(clean(proof), "-")})
 	}
 	width := make([]int, len(rows[0]))
 	for _, r := range rows {
@@ -149,8 +149,8 @@ func renderDisks(t *terminal, all []disk.State) {
 		line := ""
 		for i, cell := range r[:len(r)-1] {
 			cell = pad(cell, width[i]+2)
-			if n > 0 && i == 2 {
-				cell = t.paint(diskColor(r[2]), cell)
+			if n > 0 && i == 3 {
+				cell = t.paint(diskColor(r[3]), cell)
 			}
 			line += cell
 		}
@@ -176,7 +176,7 @@ func diskColor(state string) string {
 	switch state {
 	case disk.Mounted:
 		return green
-	case disk.Planned, disk.Unknown, "Proving", "Absent", "Settling", "Busy":
+	case disk.Planned, disk.Unknown, "Proving", "Absent", "Settling", "Busy", "Attaching", "Detaching", "DiskBusy", "Unsettled":
 		return yellow
 	}
 	return red
@@ -202,6 +202,7 @@ func renderDisk(t *terminal, s disk.State) {
 	if s.Device != "" {
 		line("device", fmt.Sprintf("%s, %s; its live serial is %s", s.Device, disk.Size(s.SizeBytes), s.DiskID))
 	}
+	line("bound", s.Binding)
 	line("mount point", s.MountPoint)
 	line("file system", strings.TrimSpace(string(s.FileSystem)+" "+s.UUID))
 	if s.Ledger != nil {

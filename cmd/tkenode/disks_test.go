@@ -14,13 +14,14 @@ func someDisks() []disk.State {
 		{
 			Now: now, Name: "disk/disk-1a2b3c4d", DiskID: "disk-1a2b3c4d", Device: "/dev/vdb", SizeBytes: 100 << 30, State: disk.Mounted, Since: ago(time.Hour),
 			MountPoint: "/var/lib/containerd", FileSystem: "ext4", UUID: "6c1f3ab8-0d0a-8bdc-8a3e-0123456789ab",
+			BoundBy: "selector", Binding: "by the selector sizeGiB 100, on 2026-01-02 02:03:04Z: the only data disk that fits, as cbs DescribeDisks says; kept for ever",
 			Proof:  "new, as the cloud says (cbs DescribeDisks CreateTime 2026-01-02 10:01:00 UTC+8); both ends were read as zero",
 			Ledger: &disk.Past{State: "formatted", At: ago(time.Hour)},
 			Steps:  []disk.Step{{Name: "sample", Began: ago(time.Hour), Ended: ago(time.Hour - 350*time.Millisecond)}},
 		},
 		{
 			Now: now, Name: "disk/disk-read0000", DiskID: "disk-read0000", Device: "/dev/vdc", SizeBytes: 1 << 40, State: "Proving", Since: ago(time.Minute),
-			MountPoint: "/data", FileSystem: "xfs", Message: "read 1 % of disk-read0000 (/dev/vdc, 1 TiB), 150.0 MiB/s, 1h55m left",
+			MountPoint: "/data", FileSystem: "xfs", BoundBy: "diskID", Binding: "named by disks[].diskID", Message: "read 1 % of disk-read0000 (/dev/vdc, 1 TiB), 150.0 MiB/s, 1h55m left",
 			Evidence: []disk.Evidence{
 				{Source: "/sys/block/vdc", Text: "its live serial is disk-read0000", Good: true},
 				{Source: "cvm DescribeInstances DataDisks[].SnapshotId", Text: "listed: true, made from the snapshot snap-abc12345"},
@@ -28,7 +29,7 @@ func someDisks() []disk.State {
 			Steps: []disk.Step{{Name: "read", Began: ago(time.Minute)}},
 		},
 		{
-			Now: now, Name: "disk/data", SizeBytes: 0, State: "Absent", MountPoint: "/logs", FileSystem: "ext4",
+			Now: now, Name: "disk/data", SizeBytes: 0, State: "Absent", MountPoint: "/logs", FileSystem: "ext4", BoundBy: "only disk", Binding: "the only data disk of the instance, not found yet",
 			Message: "no data disk is attached; one is wanted for /logs\x1b[2J",
 		},
 	}
