@@ -17,8 +17,8 @@ import (
 )
 
 // attachGrace is how long the cloud may go on saying that a disk is not attached
-// after it has been asked to attach it: what it describes lags behind what is so, by
-// some seconds. After that the attempt has failed.
+// after it has been asked to attach it, or the other way round: what it describes
+// lags behind what is so, by some seconds. After that the attempt has failed.
 const attachGrace = 30 * time.Second
 
 // attachment is a disk that is not here and that the agent may attach.
@@ -36,6 +36,13 @@ type attached struct {
 	InstanceID string    `json:"instanceID"`
 	MountPoint string    `json:"mountPoint"`
 	At         time.Time `json:"at"`
+	Detaching  time.Time `json:"detaching,omitzero"` // when it was asked to detach it
+}
+
+// recent reports whether something was asked for within attachGrace.
+func recent(at time.Time) bool {
+	age := time.Since(at)
+	return age >= 0 && age < attachGrace
 }
 
 const attachedSuffix = ".attached"
@@ -80,8 +87,7 @@ func (d *Disk) attachable(ctx context.Context) (*attachment, error) {
 	f := d.sealed.Facts
 	a := &attachment{Disk: disk, Instance: f.InstanceID, Zone: f.Zone}
 	if note, err := d.ledger.attached(d.want.DiskID); err == nil && note.InstanceID == f.InstanceID {
-		age := time.Since(note.At)
-		a.Recent = age >= 0 && age < attachGrace
+		a.Recent = recent(note.At)
 	}
 	return a, nil
 }

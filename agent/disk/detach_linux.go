@@ -37,6 +37,11 @@ type Detach struct {
 // of no consequence. A note that cannot be read proves nothing, and is left alone.
 func Detached(o Options) []*Detach {
 	l := ledger(o.Ledger)
+	bound, err := l.bindings()
+	if err != nil {
+		o.Log.Error("it is not known which disks are bound, so none is detached", "err", err)
+		return nil
+	}
 	files, err := filepath.Glob(filepath.Join(o.Ledger, "*"+attachedSuffix))
 	if err != nil {
 		o.Log.Error("disks to be detached cannot be listed", "err", err)
@@ -44,8 +49,9 @@ func Detached(o Options) []*Detach {
 	var all []*Detach
 	for _, f := range files {
 		id := strings.TrimSuffix(filepath.Base(f), attachedSuffix)
-		if slices.ContainsFunc(o.Sealed.Config.Disks, func(e node.DiskConfig) bool { return e.DiskID == id }) {
-			continue
+		if slices.ContainsFunc(o.Sealed.Config.Disks, func(e node.DiskConfig) bool { return e.DiskID == id }) ||
+			slices.ContainsFunc(bound, func(b binding) bool { return b.DiskID == id }) {
+			continue // it is wanted
 		}
 		note, err := l.attached(id)
 		if err != nil {
@@ -99,15 +105,21 @@ func (d *Detach) detach(ctx context.Context) error {
 		return err
 	}
 	switch {
+	case disk.State == tencent.DiskUnattached && recent(d.note.At) && d.note.Detaching.IsZero():
+		return node.Waiting("Attaching", "%s was to be attached a moment ago; it is detached after that", id)
 	case disk.InstanceID != instance && disk.State != tencent.DiskDetaching:
 		d.log.Info("detached", "disk", id, "state", disk.State)
 		return d.ledger.forget(id)
-	case disk.State == tencent.DiskDetaching:
+	case disk.State == tencent.DiskDetaching, disk.State == tencent.DiskAttached && recent(d.note.Detaching):
 		return node.Waiting("Detaching", "%s is being detached", id)
 	case disk.State != tencent.DiskAttached:
 		return node.Waiting("DiskBusy", "%s is %s; it is detached after that", id, disk.State)
 	}
 	if err := d.release(); err != nil {
+		return err
+	}
+	d.note.Detaching = time.Now().UTC().Truncate(time.Second)
+	if err := d.ledger.store(id+attachedSuffix, d.note); err != nil {
 		return err
 	}
 	d.log.Info("detaching", "disk", id, "instance", instance)

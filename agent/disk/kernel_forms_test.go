@@ -49,11 +49,11 @@ type labCloud struct {
 	sealed   node.Sealed
 }
 
-func newLabCloud(t *testing.T, disks ...cloud.DiskSpec) *labCloud {
+func newLabCloud(t *testing.T, delays cloud.Delays, disks ...cloud.DiskSpec) *labCloud {
 	t.Helper()
 	l := &labCloud{plugs: &plugs{}}
 	config := cloud.Default()
-	config.Delays, config.Log = cloud.Delays{}, slog.New(slog.DiscardHandler)
+	config.Delays, config.Log = delays, slog.New(slog.DiscardHandler)
 	var err error
 	if l.Region, err = cloud.New(config, l.plugs, idle{}); err != nil {
 		t.Fatal(err)
@@ -69,8 +69,13 @@ func newLabCloud(t *testing.T, disks ...cloud.DiskSpec) *labCloud {
 	}
 	l.client.HTTP.Transport = direct{l.Region.API(), l.instance.PrivateIP.String()}
 	l.sealed.Generation = 1
-	if l.sealed.Facts, err = metadata.Facts(t.Context()); err != nil {
-		t.Fatal(err)
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) { // until it is known
+		if l.sealed.Facts, err = metadata.Facts(t.Context()); err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
 	}
 	return l
 }
@@ -113,7 +118,7 @@ func (b *bench) until(t *testing.T, waits string) error {
 			return err
 		}
 		if err != nil {
-			time.Sleep(10 * time.Millisecond)
+			time.Sleep(100 * time.Millisecond)
 		}
 	}
 	t.Fatal("no end")
@@ -123,7 +128,7 @@ func (b *bench) until(t *testing.T, waits string) error {
 // TestKernelSelectors: two disks find their places by what the cloud says of them,
 // once, and keep them whatever it says afterwards.
 func TestKernelSelectors(t *testing.T) {
-	l := newLabCloud(t, cloud.DiskSpec{SizeGiB: 20}, cloud.DiskSpec{SizeGiB: 30})
+	l := newLabCloud(t, cloud.Delays{}, cloud.DiskSpec{SizeGiB: 20}, cloud.DiskSpec{SizeGiB: 30})
 	small := l.bench(t, 20, node.DiskConfig{Selector: node.DiskSelector{SizeGiB: 20}})
 	large := l.bench(t, 30, node.DiskConfig{Selector: node.DiskSelector{Type: "CLOUD_PREMIUM", Order: 2}})
 	large.ledger = small.ledger
@@ -186,7 +191,7 @@ func TestKernelSelectors(t *testing.T) {
 // TestKernelSelectorsAmbiguous: nothing is written, and no disk touched, where they
 // cannot be told apart.
 func TestKernelSelectorsAmbiguous(t *testing.T) {
-	l := newLabCloud(t, cloud.DiskSpec{SizeGiB: 20}, cloud.DiskSpec{SizeGiB: 20})
+	l := newLabCloud(t, cloud.Delays{}, cloud.DiskSpec{SizeGiB: 20}, cloud.DiskSpec{SizeGiB: 20})
 	b := l.bench(t, 20, node.DiskConfig{Selector: node.DiskSelector{SizeGiB: 20}})
 	b.sealed = l.sealed
 	b.setSerial(t, l.sealed.Facts.DataDisks[0])
@@ -207,7 +212,7 @@ func TestKernelSelectorsAmbiguous(t *testing.T) {
 // and mounted; one that it no longer lists is unmounted and detached, once nobody
 // uses it.
 func TestKernelAttachAndDetach(t *testing.T) {
-	l := newLabCloud(t)
+	l := newLabCloud(t, cloud.Delays{Attach: 300 * time.Millisecond, Visible: 700 * time.Millisecond})
 	id := l.CreateDisk("", cloud.DiskSpec{SizeGiB: 20}).ID
 	b := l.bench(t, 20, node.DiskConfig{DiskID: id, Attach: true})
 	b.sealed = l.sealed
@@ -216,6 +221,9 @@ func TestKernelAttachAndDetach(t *testing.T) {
 	l.unplug = func(string) { b.setSerial(t, "") }
 
 	p, err := b.plan(t)
+	for deadline := time.Now().Add(time.Minute); err != nil && strings.Contains(err.Error(), "or not yet") && time.Now().Before(deadline); p, err = b.plan(t) {
+		time.Sleep(100 * time.Millisecond) // what was made just now is not described yet
+	}
 	if err != nil || p.String() != "attach "+id+" to "+l.instance.ID+" for "+b.want.MountPoint+"\n" {
 		t.Fatalf("first plan: %v%v", p, err)
 	}
@@ -259,7 +267,7 @@ func TestKernelAttachAndDetach(t *testing.T) {
 		if err = d.Apply(t.Context(), p); err != nil && node.ReasonOf(err, "") != "Detaching" {
 			break
 		}
-		time.Sleep(10 * time.Millisecond)
+		time.Sleep(100 * time.Millisecond)
 	}
 	if err != nil || !p.Empty() {
 		t.Fatalf("%v%v", p, err)
@@ -270,6 +278,9 @@ func TestKernelAttachAndDetach(t *testing.T) {
 	if err := unix.Unmount(b.want.MountPoint, 0); err == nil {
 		t.Error("it was still mounted")
 	}
+	if n := l.Snapshot().Calls["cbs:DetachDisks"]; n != 1 {
+		t.Errorf("the cloud was asked to detach it %d times", n)
+	}
 	if again := Detached(o); len(again) != 0 {
 		t.Errorf("to be detached again: %v", again)
 	}
@@ -278,7 +289,7 @@ func TestKernelAttachAndDetach(t *testing.T) {
 // TestKernelAttachRefused: a disk is taken from nobody, and what the cloud refuses is
 // said in its class; what was refused is not ours to detach.
 func TestKernelAttachRefused(t *testing.T) {
-	l := newLabCloud(t)
+	l := newLabCloud(t, cloud.Delays{})
 	id := l.CreateDisk("", cloud.DiskSpec{SizeGiB: 20}).ID
 	b := l.bench(t, 20, node.DiskConfig{DiskID: id, Attach: true})
 	b.sealed = l.sealed

@@ -76,6 +76,9 @@ func (c *Client) DescribeDisk(ctx context.Context, id string) (Disk, error) {
 	if err := c.call(ctx, "cbs", "DescribeDisks", in, &out); err != nil {
 		return Disk{}, err
 	}
+	if len(out.DiskSet) == 0 {
+		return Disk{}, fmt.Errorf("cbs DescribeDisks: region %s has no %s, or not yet", c.region, id)
+	}
 	if len(out.DiskSet) != 1 || out.DiskSet[0].ID != id {
 		return Disk{}, fmt.Errorf("cbs DescribeDisks: %d disks for %s", len(out.DiskSet), id)
 	}
