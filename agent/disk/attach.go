@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/tkenode/tkenode/agent/node"
@@ -119,8 +118,12 @@ func attaching(want node.DiskConfig, a attachment) ([]step, error) {
 		return nil, waiting("Attaching", "is being attached")
 	case d.State == tencent.DiskDetaching:
 		return nil, waiting("Detaching", "is being detached from "+d.InstanceID+"; it is attached after that")
-	case d.State != tencent.DiskUnattached || d.Migrating || d.Rollbacking:
-		return nil, waiting("DiskBusy", strings.Join(strings.Fields(fmt.Sprintf("is %s %s %s; it is attached after that", d.State, when(d.Migrating, "migrating"), when(d.Rollbacking, "rollbacking"))), " "))
+	case d.State != tencent.DiskUnattached:
+		return nil, waiting("DiskBusy", "is "+d.State+"; it is attached after that")
+	case d.Rollbacking:
+		return nil, waiting("DiskBusy", "is being rolled back to a snapshot; it is attached after that")
+	case d.Migrating:
+		return nil, waiting("DiskBusy", "is being migrated to another type; it is attached after that")
 	case !d.Portable:
 		return nil, node.Terminal("DiskNotPortable", "name an elastic disk in the NodeConfig", fmt.Errorf("%s is not elastic, so it can be attached to no other instance", d.ID))
 	case d.Placement.Zone != a.Zone:
@@ -129,13 +132,6 @@ func attaching(want node.DiskConfig, a attachment) ([]step, error) {
 		return nil, waiting("Attaching", "was asked for, and the cloud has not begun to attach it")
 	}
 	return []step{{verb: join, text: fmt.Sprintf("attach %s to %s for %s", d.ID, a.Instance, want.MountPoint)}}, nil
-}
-
-func when(b bool, text string) string {
-	if b {
-		return text
-	}
-	return ""
 }
 
 // join notes that the disk is this agent's to detach, and begins to attach it.
