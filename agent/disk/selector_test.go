@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/tools/txtar"
 
@@ -216,6 +217,29 @@ func TestBindingsAreWholeOrDamaged(t *testing.T) {
 	}
 	if _, err := l.bindings(); node.ReasonOf(err, "") != "BindingDamaged" || node.ClassOf(err) != node.ClassTerminal {
 		t.Errorf("torn: %v", err)
+	}
+}
+
+// TestSelectorChanged: what a mount point was bound to is not given up for another
+// selector.
+func TestSelectorChanged(t *testing.T) {
+	d := New(Options{
+		Want: node.DiskConfig{Selector: node.DiskSelector{SizeGiB: 200}, MountPoint: "/data"}, Ledger: filepath.Join(t.TempDir(), "disk"),
+	})
+	kept := []binding{{MountPoint: "/data", Selector: node.DiskSelector{SizeGiB: 100}, DiskID: "disk-abc12345", Source: "x", At: time.Unix(0, 0).UTC()}}
+	digest, err := digestOf(kept)
+	if err == nil {
+		err = d.ledger.store(bindingsFile, bindings{kept, digest})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := d.bound(t.Context(), observed{}); b != nil || node.ReasonOf(err, "") != "SelectorChanged" || !strings.Contains(err.Error(), "disk-abc12345") {
+		t.Errorf("bound to %+v, %v", b, err)
+	}
+	d.want.Selector.SizeGiB = 100
+	if b, err := d.bound(t.Context(), observed{}); err != nil || b == nil || b.DiskID != "disk-abc12345" {
+		t.Errorf("bound to %+v, %v", b, err)
 	}
 }
 
