@@ -15,32 +15,32 @@ import (
 )
 
 // bound returns the binding of this disk's entry; one whose At is zero is what the
-// cloud says now, and is not kept yet. A disk that is named needs none.
-func (d *Disk) bound(ctx context.Context, have observed) (*binding, error) {
+// cloud says now, and is not kept yet: with it come those of the others that are new.
+// A disk that is named needs none.
+func (d *Disk) bound(ctx context.Context, have observed) (_ *binding, fresh []binding, _ error) {
 	if d.want.DiskID != "" || d.want.Selector == (node.DiskSelector{}) {
-		return nil, nil
+		return nil, nil, nil
 	}
 	kept, err := d.ledger.bindings()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if b, ok := bindingOf(kept, d.want.MountPoint); ok {
 		if b.Selector != d.want.Selector {
-			return nil, node.Terminal("SelectorChanged", fmt.Sprintf("set disks[].diskID: %s in the NodeConfig, or that of another disk", b.DiskID),
+			return nil, nil, node.Terminal("SelectorChanged", fmt.Sprintf("set disks[].diskID: %s in the NodeConfig, or that of another disk", b.DiskID),
 				fmt.Errorf("%s was bound to %s on %s by the selector %s, and the NodeConfig now says %s", b.MountPoint, b.DiskID,
 					b.At.Format("2006-01-02 15:04:05Z"), describeSelector(b.Selector), describeSelector(d.want.Selector)))
 		}
-		return &b, nil
+		return &b, nil, nil
 	}
-	fresh, err := d.resolve(ctx, kept, have)
-	if err != nil {
-		return nil, err
+	if fresh, err = d.resolve(ctx, kept, have); err != nil {
+		return nil, nil, err
 	}
-	b, ok := bindingOf(fresh, d.want.MountPoint)
+	found, ok := bindingOf(fresh, d.want.MountPoint)
 	if !ok {
-		return nil, fmt.Errorf("resolve the selector of %s: the sealed configuration has no such entry", d.want.MountPoint)
+		return nil, nil, fmt.Errorf("resolve the selector of %s: the sealed configuration has no such entry", d.want.MountPoint)
 	}
-	return &b, nil
+	return &found, fresh, nil
 }
 
 // resolve asks the cloud, and decides for all entries of the NodeConfig.
@@ -99,14 +99,12 @@ func (d *Disk) keep(ctx context.Context, have observed) error {
 	if err != nil {
 		return err
 	}
-	if _, ok := bindingOf(kept, d.want.MountPoint); ok {
-		return nil
+	for _, b := range have.fresh {
+		if _, ok := bindingOf(kept, b.MountPoint); ok {
+			return nil // somebody was faster; the next plan tells
+		}
 	}
-	fresh, err := d.resolve(ctx, kept, have)
-	if err != nil {
-		return err
-	}
-	for _, b := range fresh {
+	for _, b := range have.fresh {
 		b.At = time.Now().UTC().Truncate(time.Second)
 		kept = append(kept, b)
 		d.log.Info("bound", "disk", b.DiskID, "dir", b.MountPoint, "selector", describeSelector(b.Selector), "source", b.Source)

@@ -40,7 +40,7 @@ func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
 	if have.Swaps, err = swaps(); err != nil {
 		return have, err
 	}
-	have.Binding, have.boundErr = d.bound(ctx, have)
+	have.Binding, have.fresh, have.boundErr = d.bound(ctx, have)
 	dev, err := bind(d.want, have)
 	if d.want.Attach && node.ReasonOf(err, "") == absent {
 		if have.Attach, err = d.attachable(ctx); err != nil {

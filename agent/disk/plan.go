@@ -30,9 +30,10 @@ type observed struct {
 	// Link is where the mount point leads if a part of it is a symbolic link.
 	Link string `json:"link,omitempty"`
 	// Settling says that udev is at work: there may be devices that are not seen yet.
-	Settling  bool  `json:"settling,omitempty"`
-	ledgerErr error // why Ledger is not complete; nil: it is
-	boundErr  error // why the selector has no Binding
+	Settling  bool      `json:"settling,omitempty"`
+	ledgerErr error     // why Ledger is not complete; nil: it is
+	boundErr  error     // why the selector has no Binding
+	fresh     []binding // all that are not kept yet
 }
 
 // device is a whole block device with a serial attribute.

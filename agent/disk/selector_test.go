@@ -234,11 +234,11 @@ func TestSelectorChanged(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if b, err := d.bound(t.Context(), observed{}); b != nil || node.ReasonOf(err, "") != "SelectorChanged" || !strings.Contains(err.Error(), "disk-abc12345") {
+	if b, _, err := d.bound(t.Context(), observed{}); b != nil || node.ReasonOf(err, "") != "SelectorChanged" || !strings.Contains(err.Error(), "disk-abc12345") {
 		t.Errorf("bound to %+v, %v", b, err)
 	}
 	d.want.Selector.SizeGiB = 100
-	if b, err := d.bound(t.Context(), observed{}); err != nil || b == nil || b.DiskID != "disk-abc12345" {
+	if b, _, err := d.bound(t.Context(), observed{}); err != nil || b == nil || b.DiskID != "disk-abc12345" {
 		t.Errorf("bound to %+v, %v", b, err)
 	}
 }
