@@ -16,6 +16,7 @@ import (
 )
 
 const (
+	tripWarmup = 5   // rounds that nobody counts
 	tripRounds = 15  // of all three nodes, in turns
 	trips      = 300 // in a round
 	echoPort   = 7
@@ -76,7 +77,7 @@ func measureTrips(ctx context.Context, n *eniNode) error {
 		}
 		time.Sleep(settle)
 		var beside, control []Pair
-		for turn := range tripRounds {
+		for turn := range tripWarmup + tripRounds {
 			var took [3]float64
 			for i := range nodes {
 				at := (i + turn) % len(nodes)
@@ -84,8 +85,10 @@ func measureTrips(ctx context.Context, n *eniNode) error {
 					return err
 				}
 			}
-			beside = append(beside, Pair{took[0], took[2]})
-			control = append(control, Pair{took[0], took[1]})
+			if turn >= tripWarmup {
+				beside = append(beside, Pair{took[0], took[2]})
+				control = append(control, Pair{took[0], took[1]})
+			}
 		}
 		n.figure(compare(fmt.Sprintf("eni.rtt.%dpods", count), "µs", perPod, beside))
 		c := compare("", "", "", control)
