@@ -61,6 +61,7 @@ campaign-eni: setup build ## break the network of pods at random, by a seed (SEE
 	@mkdir -p out
 	TKE_ENI='$(CURDIR)/bin/tke-eni' $(GO) test -tags kernel -count=1 -timeout 2h -run '^TestKernelCampaign' -exec '$(SUDO)' ./agent/eni/ \
 		-campaign $(CURDIR)/out/campaign-eni.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
+	@cat out/campaign-eni.jsonl
 
 sweep-disk: ## make every read of 34 kinds of disks fail, for us and for mount-utils, and count who would format them; at most 10 min
 	@packaging/setup debian-packages debian-packages-sweep

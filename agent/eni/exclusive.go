@@ -283,23 +283,20 @@ func (l *ledger) allocateWhole(p Pod, groups []string, ready map[int]int, now ti
 		return old, time.Time{}, l.put(record{Pod: &old})
 	}
 	var next, best time.Time
+	dual := p.Addr6 == wantsIPv6
+	p.Addr6 = netip.Addr{}
 	for number, mtu := range ready {
 		slot := l.now.Slots[number]
-		if !slices.Equal(slot.Groups, groups) || len(slot.Addrs) == 0 {
+		if !slices.Equal(slot.Groups, groups) {
 			continue
 		}
-		a := slot.Addrs[0]
-		until := l.now.restsUntil(a)
-		_, used := l.used[a]
-		switch {
-		case used:
-		case until.After(now):
-			if next.IsZero() || until.Before(next) {
-				next = until
-			}
-		case !until.IsZero() && !l.clean[a]: // the paths are about to clean it, which wakes
-		case !p.Addr.IsValid() || until.Before(best) || until.Equal(best) && number < p.Slot:
-			p.Addr, p.Slot, p.ENI, p.MTU, best = a, number, slot.ENI, mtu, until
+		short := shortageOf(dual)
+		four, six := l.now.offer(slot, l.used, l.clean, now, &short)
+		if until := short.until(); !until.IsZero() && (next.IsZero() || until.Before(next)) {
+			next = until
+		}
+		if four.addr.IsValid() && (!p.Addr.IsValid() || four.since.Before(best) || four.since.Equal(best) && number < p.Slot) {
+			p.Addr, p.Addr6, p.Slot, p.ENI, p.MTU, best = four.addr, six.addr, number, slot.ENI, mtu, four.since
 			p.bind(slot)
 		}
 	}
@@ -310,7 +307,9 @@ func (l *ledger) allocateWhole(p Pod, groups []string, ready map[int]int, now ti
 	if err := l.put(record{Pod: &p}); err != nil {
 		return Pod{}, next, err
 	}
-	l.used[p.Addr] = p.Attachment
+	for _, a := range p.addrs() {
+		l.used[a] = p.Attachment
+	}
 	return p, next, nil
 }
 
@@ -373,11 +372,15 @@ func (n *Network) addWhole(ctx context.Context, p Pod, groups []string) (*cni.Re
 		return nil, errors.Join(err, n.del(p.Attachment))
 	}
 	host, hostMAC, mac := vethOf(pod.Attachment)
-	return &cni.Result{
+	result := &cni.Result{
 		HostName: host, HostMAC: hostMAC, MAC: pod.MAC, MTU: pod.MTU,
 		Addr: netip.PrefixFrom(pod.Addr, 32), Gateway: pod.Gateway,
 		VethName: podVeth, VethMAC: mac,
-	}, nil
+	}
+	if pod.Addr6.IsValid() {
+		result.Addr6, result.Gateway6 = netip.PrefixFrom(pod.Addr6, 128), eniGateway6
+	}
+	return result, nil
 }
 
 // waitWhole waits for an ENI.

@@ -55,6 +55,9 @@ func (k *kernel) followWhole(s *sight, to netip.Addr) error {
 		if n := len(s.pol.services); n > 1 { // the first is link-local
 			targets = append(targets, s.pol.services[1].Addr().Next())
 		}
+		if s.pod.Addr6.IsValid() {
+			targets = append(targets, outside6)
+		}
 	}
 	pod, err := k.enter(s.pod.NetNS)
 	if err != nil {
@@ -87,8 +90,9 @@ func (k *kernel) followWhole(s *sight, to netip.Addr) error {
 // traceWhole tells the way of the packets of a pod that has an ENI.
 func (s *sight) traceWhole(cloud answered, sealed node.Sealed) []Leg {
 	p := s.pod
-	dev := Hop{Name: "interface", Text: fmt.Sprintf("%s is %s, MAC %s, MTU %d, address %s", p.IfName, p.ENI, p.MAC, p.MTU, p.Addr)}
-	dev.Problems = s.claims(doRestart, podENI{pod: p}, podAddress{pod: p, addr: p.Addr})
+	dev := Hop{Name: "interface", Text: fmt.Sprintf("%s is %s, MAC %s, MTU %d, address %s", p.IfName, p.ENI, p.MAC, p.MTU, listed(p.addrs()))}
+	dev.Problems = s.claims(doRestart, podENI{pod: p}, podAddress{pod: p, addr: p.Addr},
+		podAddress{pod: p, addr: p.Addr6}, podAddress{pod: p, addr: linkLocal(p.MAC)})
 	if s.device.name != "" {
 		dev.problem(doWait, "the ENI's link is on the node, as %s", s.device.name)
 	}
@@ -100,7 +104,7 @@ func (s *sight) traceWhole(cloud answered, sealed node.Sealed) []Leg {
 		case w.inside.dev == podVeth:
 			leg.Hops = append(leg.Hops, s.throughNode(w.way)...)
 		default:
-			leg.Hops = append(leg.Hops, Hop{Name: "SNAT", Text: fmt.Sprintf("none, it leaves as %s, and its answer comes in by %s", p.Addr, p.IfName)})
+			leg.Hops = append(leg.Hops, Hop{Name: "SNAT", Text: fmt.Sprintf("none, it leaves as %s, and its answer comes in by %s", s.address(w.inside.to), p.IfName)})
 		}
 		legs = append(legs, leg)
 	}
@@ -119,7 +123,7 @@ func (s *sight) insideHop(l routing) Hop {
 		case podLink, podRoute, podNeighbour:
 			return l.dev == podVeth
 		case wholeRoute:
-			return !o.dst.IsValid() || o.dst.Contains(l.to)
+			return o.six == l.to.Is6() && (!o.dst.IsValid() || o.dst.Contains(l.to))
 		}
 		return false
 	})
@@ -133,7 +137,7 @@ func (s *sight) insideHop(l routing) Hop {
 	case l.dev != dev && !l.local:
 		h.problem(doRestart, "it leaves by %s, not by %s", l.dev, dev)
 	case l.failed:
-		h.problem("see whether the cloud shows the ENI as attached; tkenode eni", "its next hop does not answer ARP on %s", l.dev)
+		h.problem("see whether the cloud shows the ENI as attached; tkenode eni", "its next hop does not answer %s on %s", asking(l.to), l.dev)
 	}
 	return h
 }

@@ -92,10 +92,11 @@ func (o podENI) put(k *kernel) error {
 // IPv6 says in the name of an address it does not know. What comes to a NodePort or
 // hostPort comes by the ENI in the node's name, and is answered by the veth.
 func eniSettings(p Pod) []sysctl {
-	return []sysctl{
-		{"net/ipv6/conf/" + p.IfName + "/disable_ipv6", "1"},
-		{"net/ipv4/conf/" + p.IfName + "/rp_filter", "2"},
+	six, loose := "net/ipv6/conf/"+p.IfName, sysctl{"net/ipv4/conf/" + p.IfName + "/rp_filter", "2"}
+	if !p.Addr6.IsValid() {
+		return []sysctl{{six + "/disable_ipv6", "1"}, loose}
 	}
+	return []sysctl{{six + "/accept_ra", "0"}, {six + "/addr_gen_mode", addrGenNone}, {six + "/disable_ipv6", "0"}, loose}
 }
 
 // moveIn moves the ENI's link from the node into the pod.
@@ -253,12 +254,12 @@ func (p *Paths) wholeSlots() map[int]int { return *p.whole.Load() }
 
 func (o wholeRoute) put(k *kernel) error {
 	dev := o.pod
-	r := netlink.Route{Family: netlink.FAMILY_V4, Src: o.pod.Addr.AsSlice(), Gw: podGateway.AsSlice(), Dst: prefixOf(netip.Addr{}, false)}
+	r := netlink.Route{Family: familyOf(o.six), Src: o.from().AsSlice(), Gw: podGateway.AsSlice(), Dst: prefixOf(netip.Addr{}, o.six)}
 	if o.dst.IsValid() {
 		dev = o.pod.leg()
 		r.Dst = &net.IPNet{IP: o.dst.Addr().AsSlice(), Mask: net.CIDRMask(o.dst.Bits(), 32)}
 	} else {
-		r.Gw, r.Flags = o.pod.Gateway.AsSlice(), int(netlink.FLAG_ONLINK)
+		r.Gw, r.Flags = o.gateway().AsSlice(), int(netlink.FLAG_ONLINK)
 	}
 	pod, l, err := k.podLink(dev)
 	if err != nil {
@@ -301,13 +302,15 @@ func (k *kernel) observeInside(p Pod) ([]object, error) {
 			have = append(have, o)
 		}
 	}
-	routes, err := dump(func() ([]netlink.Route, error) { return pod.nl.RouteList(nil, netlink.FAMILY_V4) })
-	if err != nil {
-		return nil, fmt.Errorf("list routes of %s: %w", p, err)
-	}
-	for _, r := range routes {
-		if o := wholeRouteOf(p, r, names); o.dst != netip.PrefixFrom(podGateway, 32) {
-			have = append(have, o)
+	for _, a := range p.addrs() {
+		routes, err := dump(func() ([]netlink.Route, error) { return pod.nl.RouteList(nil, familyOf(a.Is6())) })
+		if err != nil {
+			return nil, fmt.Errorf("list routes of %s: %w", p, err)
+		}
+		for _, r := range routes {
+			if o := wholeRouteOf(p, r, names, a.Is6()); o.dst != netip.PrefixFrom(podGateway, 32) {
+				have = append(have, o)
+			}
 		}
 	}
 	guard, err := pod.observeGuard(p)
@@ -336,20 +339,21 @@ func (k *podKernel) observeENI(p Pod, l netlink.Link) ([]object, error) {
 		return nil, err
 	}
 	have := []object{podENI{pod: p, found: podENIAttr(a.Name, a.Flags&net.FlagUp == 0, other)}}
-	addrs, err := dump(func() ([]netlink.Addr, error) { return k.nl.AddrList(l, netlink.FAMILY_V4) })
+	addrs, err := dump(func() ([]netlink.Addr, error) { return k.nl.AddrList(l, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses of %s: %w", p, err)
 	}
 	for _, a := range addrs {
-		if ones, _ := a.Mask.Size(); ones == 32 && addrOf(a.IP) == p.Addr {
-			have = append(have, podAddress{pod: p, addr: p.Addr})
+		addr := addrOf(a.IP)
+		if ones, bits := a.Mask.Size(); ones == bits && (p.has(addr) || addr == linkLocal(p.MAC)) {
+			have = append(have, podAddress{pod: p, addr: addr})
 		}
 	}
 	return have, nil
 }
 
-func wholeRouteOf(p Pod, r netlink.Route, names map[int]string) wholeRoute {
-	o := wholeRoute{pod: p}
+func wholeRouteOf(p Pod, r netlink.Route, names map[int]string, six bool) wholeRoute {
+	o := wholeRoute{pod: p, six: six}
 	if r.Dst != nil {
 		if bits, _ := r.Dst.Mask.Size(); bits != 0 {
 			o.dst = netip.PrefixFrom(addrOf(r.Dst.IP), bits)
@@ -357,9 +361,9 @@ func wholeRouteOf(p Pod, r netlink.Route, names map[int]string) wholeRoute {
 	}
 	gateway, dev, flags := podGateway, podVeth, 0
 	if !o.dst.IsValid() {
-		gateway, dev, flags = p.Gateway, p.IfName, int(netlink.FLAG_ONLINK)
+		gateway, dev, flags = o.gateway(), p.IfName, int(netlink.FLAG_ONLINK)
 	}
-	if r.Gw == nil || addrOf(r.Gw) != gateway || names[r.LinkIndex] != dev || r.Src == nil || addrOf(r.Src) != p.Addr ||
+	if r.Gw == nil || addrOf(r.Gw) != gateway || names[r.LinkIndex] != dev || r.Src == nil || addrOf(r.Src) != o.from() ||
 		r.Type != unix.RTN_UNICAST || r.Flags&flags != flags {
 		o.found = strings.TrimSuffix(strings.TrimPrefix(r.String(), "{"), "}")
 	}

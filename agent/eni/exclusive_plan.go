@@ -80,22 +80,30 @@ func (sc scene) parkedObjects(s state, slot Slot) []object {
 // wholeObjects is what the pod needs in its network namespace.
 func (pol policy) wholeObjects(p Pod, mac, hostMAC string) []object {
 	leg := p.leg()
-	out := []object{
-		podENI{pod: p},
-		podAddress{pod: p, addr: p.Addr},
+	out := []object{podENI{pod: p}, podAddress{pod: p, addr: p.Addr}}
+	if p.Addr6.IsValid() {
+		out = append(out,
+			podAddress{pod: p, addr: linkLocal(p.MAC)},
+			podAddress{pod: p, addr: p.Addr6},
+			wholeRoute{pod: p, six: true})
+	}
+	out = append(out,
 		podLink{pod: leg, mac: mac},
 		podRoute{pod: leg, dst: podGateway},
 		podNeighbour{pod: leg, mac: hostMAC},
-		wholeRoute{pod: p},
-	}
+		wholeRoute{pod: p})
 	for _, to := range pol.services {
 		out = append(out, wholeRoute{pod: p, dst: to})
 	}
 	return append(out, podGuard{pod: p})
 }
 
-// leg is the pod as its veth has it.
+// leg is the pod as its veth has it. One whose eth0 is an ENI has no IPv6 there:
+// Services, the node and the cloud's own services are reached by IPv4.
 func (p Pod) leg() Pod {
+	if p.exclusive() {
+		p.Addr6 = netip.Addr{}
+	}
 	p.IfName = p.peer()
 	return p
 }
@@ -153,15 +161,31 @@ func podENIAttr(name string, down bool, other []string) string {
 // gateway, or one through the node.
 type wholeRoute struct {
 	pod   Pod
-	dst   netip.Prefix // invalid: default
+	six   bool
+	dst   netip.Prefix // invalid: default; always so of IPv6
 	found string
+}
+
+// gateway is the next hop of the default route, and from is its packets' source.
+func (o wholeRoute) gateway() netip.Addr {
+	if o.six {
+		return eniGateway6
+	}
+	return o.pod.Gateway
+}
+
+func (o wholeRoute) from() netip.Addr {
+	if o.six {
+		return o.pod.Addr6
+	}
+	return o.pod.Addr
 }
 
 func (o wholeRoute) key() string {
 	if o.dst.IsValid() {
 		return fmt.Sprintf("pod %s route %s", o.pod, o.dst)
 	}
-	return fmt.Sprintf("pod %s route default", o.pod)
+	return fmt.Sprintf("pod %s route%s default", o.pod, family(o.six))
 }
 
 func (o wholeRoute) attr() string {
@@ -171,7 +195,7 @@ func (o wholeRoute) attr() string {
 	case o.dst.IsValid():
 		return fmt.Sprintf("via %s dev %s src %s", podGateway, podVeth, o.pod.Addr)
 	}
-	return fmt.Sprintf("via %s dev %s onlink src %s", o.pod.Gateway, o.pod.IfName, o.pod.Addr)
+	return fmt.Sprintf("via %s dev %s onlink src %s", o.gateway(), o.pod.IfName, o.from())
 }
 
 // podGuard keeps packets to link-local addresses from leaving by the ENI: a process

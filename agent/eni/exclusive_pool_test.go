@@ -45,6 +45,9 @@ func (c noExtension) ENILimit(ctx context.Context, instance string) (tencent.ENI
 func (n *poolNode) give(name string, groups []string, limit time.Duration) (Pod, error) {
 	n.t.Helper()
 	p := Pod{Attachment: cni.Attachment{ContainerID: name, IfName: "eth0"}, Namespace: "default", Name: name}
+	if n.sealed.Config.Network.DualStack() {
+		p.Addr6 = wantsIPv6
+	}
 	defer n.net.wants.add(p.Attachment, groups)()
 	var got Pod
 	err := n.engine(limit, func() bool {
@@ -322,4 +325,46 @@ func TestWholeRefused(t *testing.T) {
 			t.Errorf("%q: %v", groups, err)
 		}
 	}
+}
+
+// TestWholeDualStack: on a node of both families an ENI has an IPv6 address before a
+// pod gets it, and the pod gets both; also where the node becomes one of both later.
+func TestWholeDualStack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newWholeNode(t, 2)
+		four, err := n.give("four", groupsOne, time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.sealed.Config.Network.IPFamilies = dualStack
+		both, err := n.give("both", groupsOne, time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.engine(time.Minute, func() bool { return len(n.state().Slots[four.Slot].Addrs6) == 1 }); err != nil {
+			t.Fatal(err)
+		}
+		if four.Addr6.IsValid() || !both.Addr6.IsValid() || both.ENI == four.ENI {
+			t.Errorf("%+v and %+v", four, both)
+		}
+		for _, e := range n.wholes() {
+			if len(e.IP6s) != 1 || len(e.IPs) != 1 || e.ID == both.ENI && e.IP6s[0].Addr != both.Addr6 {
+				t.Errorf("%+v", e)
+			}
+		}
+		n.end(both)
+		rests := n.state().Rested
+		if !rests[both.Addr].After(time.Now()) || !rests[both.Addr6].After(time.Now()) {
+			t.Errorf("rests: %v", rests)
+		}
+		again, err := n.give("again", groupsOne, 5*time.Minute)
+		if err != nil || again.ENI != both.ENI || again.Addr6 != both.Addr6 {
+			t.Errorf("%+v, %v", again, err)
+		}
+		n.end(four)
+		n.end(again)
+		if err := n.engine(time.Hour, func() bool { return len(n.wholes()) == 0 }); err != nil {
+			t.Error(err)
+		}
+	})
 }

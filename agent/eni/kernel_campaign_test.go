@@ -381,9 +381,9 @@ func (e *episode) adversary(dual bool) {
 	}
 	slices.Sort(took)
 	e.t.Logf("longest, %.0f ms: %s", took[len(took)-1], worst)
-	e.figures["repair p50 ms"] = took[len(took)/2]
-	e.figures["repair p99 ms"] = took[(len(took)*99+99)/100-1]
-	e.figures["repair max ms"] = took[len(took)-1]
+	e.figures["eni.repair.p50"] = took[len(took)/2]
+	e.figures["eni.repair.p99"] = took[(len(took)*99+99)/100-1]
+	e.figures["eni.repair.max"] = took[len(took)-1]
 }
 
 // act is something that an adversary does.

@@ -336,9 +336,10 @@ func (pol policy) slotRules(slot Slot, six bool) []object {
 // hostObjects is what a pod needs on the host.
 func (pol policy) hostObjects(p Pod) []object {
 	name, mac, podMAC := vethOf(p.Attachment)
+	leg := p.leg()
 	out := []object{veth{pod: p}}
 	// Pods would reach what listens on the node's link-local addresses.
-	if p.Addr6.IsValid() {
+	if leg.Addr6.IsValid() {
 		out = append(out,
 			sysctl{"net/ipv6/conf/" + name + "/addr_gen_mode", addrGenNone},
 			sysctl{"net/ipv6/conf/" + name + "/disable_ipv6", "0"})
@@ -353,10 +354,10 @@ func (pol policy) hostObjects(p Pod) []object {
 		// Source: __fib_validate_source in the kernel's net/ipv4/fib_frontend.c
 		out = append(out, address{dev: name, addr: podGateway, host: true})
 	}
-	if p.Addr6.IsValid() {
+	if leg.Addr6.IsValid() {
 		out = append(out, neighbour{dev: name, addr: p.Addr6, mac: podMAC})
 	}
-	for _, a := range p.addrs() {
+	for _, a := range leg.addrs() {
 		switch {
 		case p.exclusive():
 			out = append(out, route{table: exclusiveTable, dst: a, dev: name})

@@ -13,7 +13,8 @@ import (
 )
 
 // An ENI has as many IPv6 addresses for pods as it has of IPv4, and one that is its
-// own. They follow the others: assigned after them, given back after them.
+// own. They follow the others: assigned after them, given back after them. One that
+// pods get whole has one, which is the pod's.
 
 // sixPlan is how a slot's IPv6 stands.
 type sixPlan struct {
@@ -43,7 +44,7 @@ func (s Slot) gives() bool { return s.Intent == stepUnassign || s.Intent == step
 // count6 is how many IPv6 addresses the ENI has, its own among them.
 func (s Slot) count6() int {
 	if !s.Primary6.IsValid() {
-		return 0
+		return len(s.Addrs6)
 	}
 	return 1 + len(s.Addrs6)
 }
@@ -52,9 +53,9 @@ func (s Slot) count6() int {
 // dual-stack goes on with what its pods have.
 func (p *slotPlan) learn6(want poolWant, s state, before Slot, subnet tencent.Subnet, now time.Time, pods []Pod, states map[netip.Addr]string) {
 	next := &p.slot
-	p.six.wanted = want.network.DualStack() && !p.slot.exclusive() // an ENI in a pod is of IPv4 alone
+	p.six.wanted = want.network.DualStack()
 	next.Subnet6, next.Addrs6 = netip.Prefix{}, nil
-	if !p.six.wanted && !slices.ContainsFunc(pods, func(p Pod) bool { return p.Addr6.IsValid() }) {
+	if !p.six.wanted && !next.exclusive() && !slices.ContainsFunc(pods, func(p Pod) bool { return p.Addr6.IsValid() }) {
 		next.Primary6 = netip.Addr{}
 		return
 	}
@@ -77,6 +78,9 @@ func (p *slotPlan) learn6(want poolWant, s state, before Slot, subnet tencent.Su
 		own = own || ip.Addr == before.Primary6
 	}
 	slices.SortFunc(next.Addrs6, netip.Addr.Compare)
+	if next.exclusive() {
+		return
+	}
 	if a := p.pick6(s, before, now, pods); !own && a.IsValid() {
 		next.Primary6 = a // until then the last one stands: pods' way must not break
 	}
@@ -147,19 +151,29 @@ func (p *slotPlan) count6(s state, now time.Time, pods []Pod, states map[netip.A
 func (b *balance) pair(spared bool) (blocked error) {
 	for i := range b.slots {
 		p := &b.slots[i]
-		lack := p.bound + 1 - p.six.bound
-		switch {
-		case !p.six.wanted || lack <= 0 || p.six.missing != nil:
-		case p.ready:
-			if err := b.view.refusal(p.key(), throttleKey(stepAssign6)); err != nil {
-				b.look(err)
-				blocked = cmp.Or(blocked, err)
-				continue
-			}
-			p.assign6(min(lack, maxBatch), b.view.now, spared)
-		}
+		err := b.assign6(p, p.bound+1, spared)
+		blocked = cmp.Or(blocked, err)
+	}
+	for i := range b.whole {
+		err := b.assign6(&b.whole[i], 1, true)
+		b.out.whole = cmp.Or(b.out.whole, err, b.whole[i].six.missing)
 	}
 	return blocked
+}
+
+// assign6 has the slot's ENI get IPv6 addresses until it has so many, its own among
+// them. It returns what is in the way.
+func (b *balance) assign6(p *slotPlan, count int, spared bool) error {
+	lack := count - p.six.bound
+	if !p.six.wanted || lack <= 0 || p.six.missing != nil || !p.ready {
+		return nil
+	}
+	if err := b.view.refusal(p.key(), throttleKey(stepAssign6)); err != nil {
+		b.look(err)
+		return err
+	}
+	p.assign6(min(lack, maxBatch), b.view.now, spared)
+	return nil
 }
 
 // without6 returns what is in the way of more addresses: where the quota is reached, an

@@ -320,7 +320,7 @@ func changes(before, after Slot, states map[netip.Addr]string) []string {
 		}
 	}
 	for _, a := range before.addrs() {
-		if !slices.Contains(after.addrs(), a) && a != after.Primary6 && (a.Is4() || after.Primary6.IsValid()) {
+		if !slices.Contains(after.addrs(), a) && a != after.Primary6 && (a.Is4() || after.Primary6.IsValid() || after.exclusive()) {
 			out = append(out, fmt.Sprintf("stop using address %s of %s: the cloud %s", a, after.ENI, cloudSays(states[a])))
 		}
 	}

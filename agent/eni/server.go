@@ -237,14 +237,14 @@ func (n *Network) add(ctx context.Context, req cni.Request) (*cni.Result, error)
 	}
 	ns.Close()
 	wanted := Pod{Attachment: req.Attachment, Namespace: req.PodNamespace, Name: req.PodName, NetNS: req.NetNS}
+	if n.policy().dual {
+		wanted.Addr6 = wantsIPv6
+	}
 	switch groups, whole, err := n.whole(req); {
 	case err != nil:
 		return nil, err
 	case whole:
 		return n.addWhole(ctx, wanted, groups)
-	}
-	if n.policy().dual {
-		wanted.Addr6 = wantsIPv6
 	}
 	pod, err := n.allocate(ctx, wanted)
 	if err != nil {
