@@ -415,6 +415,13 @@ func (n *network) supervised() {
 			}
 		})
 	}
+	n.t.Run("kube-proxy without its table", func(t *testing.T) {
+		n.mustRun(t, c, "nft delete table ip kube-proxy")
+		if _, err := eventually(t, 6*repairedIn, service); err != nil {
+			t.Error(err)
+		}
+		converged(t, n.Lab, c)
+	})
 	n.t.Run("CoreDNS without its address", func(t *testing.T) {
 		n.mustRun(t, c, "ip address del 169.254.20.10/32 dev lo")
 		if _, err := eventually(t, 6*repairedIn, name); err != nil {

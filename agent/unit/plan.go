@@ -27,6 +27,7 @@ type observed struct {
 	Unit  State           `json:"unit"`
 	After string          `json:"after,omitempty"` // ActiveState of the unit that has to be up first
 	Probe string          `json:"probe,omitempty"` // what the daemon's probe said; empty: it answers
+	Lost  bool            `json:"lost,omitempty"`  // somebody has removed what the daemon had made in the kernel
 	Root  root            `json:"root,omitzero"`   // only of containerd
 	Addrs []netip.Addr    `json:"addrs,omitempty"` // of the loopback device; only where the unit wants some
 }
@@ -128,6 +129,8 @@ func decide(w want, have observed) verdict {
 		v.add(restart, node.File{}, "restart %s: it runs with other files", w.unit)
 	case s.running() && read != "":
 		v.add(restart, node.File{}, "restart %s: it was started after %s had been changed", w.unit, read)
+	case s.running() && have.Lost:
+		v.add(restart, node.File{}, "restart %s: what it had made in the kernel was removed, and it does not notice", w.unit)
 	case s.running():
 		if len(v.steps) == 0 {
 			v.health(w.unit, have)

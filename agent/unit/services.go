@@ -9,7 +9,10 @@ import (
 	"net/http"
 	"net/netip"
 	"os/exec"
+	"slices"
 	"strings"
+
+	"github.com/google/nftables"
 
 	"github.com/tkenode/tkenode/agent/node"
 )
@@ -61,6 +64,22 @@ func resolves(addrs []netip.Addr, domain string) func(context.Context) error {
 		}
 		return nil
 	}
+}
+
+// proxyTable reports whether kube-proxy's table is there. kube-proxy itself looks at
+// it once an hour: until then a flush of the ruleset leaves no Service reachable.
+// Source: https://github.com/kubernetes/kubernetes/blob/v1.36.3/pkg/proxy/nftables/proxier.go,
+// kubeProxyTable and FullSyncPeriod of pkg/proxy/util
+func proxyTable() (bool, error) {
+	nft, err := nftables.New()
+	if err != nil {
+		return false, fmt.Errorf("list nftables tables: %w", err)
+	}
+	tables, err := nft.ListTablesOfFamily(nftables.TableFamilyIPv4)
+	if err != nil {
+		return false, fmt.Errorf("list nftables tables: %w", err)
+	}
+	return slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == "kube-proxy" }), nil
 }
 
 // loopbackAddrs returns the addresses of the loopback device.

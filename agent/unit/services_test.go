@@ -74,3 +74,24 @@ func TestServices(t *testing.T) {
 		}
 	}
 }
+
+// TestMadeIsRemoved: kube-proxy is restarted once when its table goes, and not as long
+// as it has made none.
+func TestMadeIsRemoved(t *testing.T) {
+	m := newMachine(t)
+	u := on(m, KubeProxy([]node.File{{Path: "/etc/systemd/system/kube-proxy.service", Mode: 0o644, Data: []byte("[Service]\n"), Units: []string{node.KubeProxyUnit}}}, m))
+	there := false
+	u.made = func() (bool, error) { return there, nil }
+	converge(t, u)
+	m.take()
+	for _, step := range []struct {
+		there bool
+		did   string
+	}{{false, ""}, {true, ""}, {true, ""}, {false, "restart kube-proxy.service"}, {false, ""}, {true, ""}} {
+		there = step.there
+		converge(t, u)
+		if got := m.take(); got != step.did {
+			t.Errorf("table %v: %q, want %q", step.there, got, step.did)
+		}
+	}
+}

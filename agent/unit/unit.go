@@ -5,7 +5,8 @@
 //
 // systemd is the supervisor: it restarts what exits, and keeps them running
 // while the agent does not. This package never stops a unit, and restarts one
-// only because what it reads has changed.
+// only because what it reads has changed, or because what it has made in the
+// kernel was taken away and it does not notice.
 package unit
 
 import (
@@ -21,6 +22,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -45,8 +47,11 @@ type Unit struct {
 	bus   Bus
 	seed  *seed  // of containerd only
 	root  string // prefix of every path: "" but in tests
+	// made reports whether what the daemon makes in the kernel is there; nil: nothing.
+	made func() (bool, error)
 
-	mu sync.Mutex // held by Apply
+	mu   sync.Mutex   // held by Apply
+	seen atomic.Int64 // when the process was started of which made was last true
 }
 
 // Containerd returns the module of containerd.service. It keeps those of files
@@ -84,7 +89,7 @@ func Kubelet(files []node.File, bus Bus) *Unit {
 func KubeProxy(files []node.File, bus Bus) *Unit {
 	return &Unit{
 		want: wanted(node.KubeProxyUnit, files), cond: node.ServicesReady,
-		needs: []node.ConditionType{node.KubeletReady}, probe: healthy(kubeProxyHealth), bus: bus,
+		needs: []node.ConditionType{node.KubeletReady}, probe: healthy(kubeProxyHealth), bus: bus, made: proxyTable,
 	}
 }
 
@@ -211,10 +216,25 @@ func (u *Unit) observe(ctx context.Context) (observed, error) {
 		if err := u.probe(ctx); err != nil {
 			have.Probe = err.Error()
 		}
+		if have.Lost, err = u.lost(have.Unit.Started); err != nil {
+			return have, err
+		}
 	case have.Unit.Result != "" && have.Unit.Result != "success":
 		have.Unit.LastLog = u.bus.LastLog(ctx, u.unit)
 	}
 	return have, nil
+}
+
+// lost reports whether what the process that was started then has made is gone.
+func (u *Unit) lost(started time.Time) (bool, error) {
+	if u.made == nil {
+		return false, nil
+	}
+	there, err := u.made()
+	if there && err == nil {
+		u.seen.Store(started.UnixNano())
+	}
+	return err == nil && !there && u.seen.Load() == started.UnixNano(), err
 }
 
 // do carries out one step. Writing what is there already, starting what runs and

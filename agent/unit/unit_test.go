@@ -85,6 +85,7 @@ func (m *machine) job(name, verb string) error {
 	_, digest, _ := strings.Cut(strings.TrimSpace(s.LastLog), digestVariable+"=")
 	s.Files, _, _ = strings.Cut(digest, "\n")
 	s.Active, s.Sub, s.Result = "active", "running", "success"
+	s.Started = s.Started.Add(1) // another process
 	return nil
 }
 
