@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -207,7 +208,7 @@ func (s *stage) sealed() node.Sealed {
 }
 
 // What differs between runs: key names and fingerprints, and, since pauses are
-// jittered, seconds.
+// jittered, seconds, and how often the same is said again.
 var scrubs = []struct{ pattern, with string }{
 	{`node-csr-[0-9a-f]{32}`, "node-csr-NAME"},
 	{`key [0-9a-f]{8}`, "key HASH"},
@@ -223,7 +224,7 @@ func scrub(text string) string {
 	for _, s := range scrubs {
 		text = regexp.MustCompile(s.pattern).ReplaceAllString(text, s.with)
 	}
-	return text
+	return strings.Join(slices.Compact(strings.SplitAfter(text, "\n")), "")
 }
 
 // story is what a boot looks like from outside.
