@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -126,7 +127,7 @@ func TestRunbookHasASectionPerCondition(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range append(node.ConditionTypes[:], node.PoolExhausted, node.RepairsUndone) {
+	for _, c := range slices.Concat(node.ConditionTypes[:], []node.ConditionType{node.PoolExhausted, node.RepairsUndone}, node.DiskConditionTypes[:]) {
 		if !strings.Contains(string(text), "\n## "+string(c)+"\n") {
 			t.Errorf("RUNBOOK.md has no section ## %s", c)
 		}

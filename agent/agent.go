@@ -40,6 +40,7 @@ const (
 	stateDir  = "/var/lib/tkenode"
 	imagesDir = "/usr/lib/tkenode/images" // what the node image carries
 	seedFile  = "/usr/lib/tkenode/seed.tar"
+	runDir    = "/run/tkenode/disk" // what is known of disks in this boot
 	// kubeletCert is kubelet's own client certificate, which it rotates.
 	kubeletCert = "/var/lib/kubelet/pki/kubelet-client-current.pem"
 )
@@ -168,12 +169,14 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 	bus := unit.NewSystemd(log("unit"))
 	network := eni.New(eni.Options{Sealed: a.currentSealed, Cloud: cloud, Sandboxes: containerd.Sandboxes, Log: log("eni")})
 	name := s.Config.Name(s.Facts)
+	ready := kube.NewReady(apiServer, name)
 
 	var modules []reconcile.Module
 	var disks []*disk.Disk
 	for _, want := range s.Config.Disks {
 		disks = append(disks, disk.New(disk.Options{
 			Want: want, Sealed: s, FirstBoot: sealedNow(s, node.ReportFile), Cloud: cloud, Ledger: filepath.Join(stateDir, "disk"), Log: log("disk"),
+			Run: runDir, Systemd: bus, Tell: a.tellNode,
 		}))
 		modules = append(modules, disks[len(disks)-1])
 	}
@@ -184,7 +187,8 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 		network.Paths(),
 		kube.NewJoin(name),
 		unit.Kubelet(files, bus),
-		kube.NewReady(apiServer, name),
+		ready,
+		kube.NewConditions(ready, func() kube.Wanted { return wanted(disks) }),
 	)
 	if s.Config.KubeProxy.Enabled {
 		modules = append(modules, unit.KubeProxy(files, bus))

@@ -10,7 +10,10 @@
 // started before, or every block of it is read. docs/disk.md says which evidence is
 // accepted, and why. Only an operator can have a disk formatted that is not blank.
 //
-// The package does not partition, resize, check or unmount, and it leaves the
+// Once it is mounted the disk is looked at again and again; one that goes, or turns out
+// to be another, is fenced: see fence.go.
+//
+// The package does not partition, resize or check, and it leaves the
 // disks of the CSI driver alone. A disk that it may not touch is described, with
 // the evidence, and left for a human.
 package disk
@@ -40,12 +43,23 @@ type Disk struct {
 	log       *slog.Logger
 	account   account
 	patience  time.Duration // readPatience, but in tests
+	systemd   Systemd       // nil: it knows nothing of the mounts
+	run       string        // directory of notes that end with the boot
+	pods      string        // cgroup of all pods
+	self      string        // this program
+	tell      func()
+	poked     chan struct{} // capacity 1: the disk is to be looked at
+	tended    tended
+
+	helping sync.Mutex // held while a helper is waited for; guards helper
+	helper  *helper    // nil: none is out
 
 	// mu is held while the disk is looked at or changed: a look at a disk that is
 	// just being formatted would find something foreign on it. It guards the rest.
 	mu      sync.Mutex
 	proof   *proof // nil: no disk is being read
 	suspect suspect
+	serials map[string]string // that devices have told, by device number and diskseq
 }
 
 // Options say which disk is kept, and by what.
@@ -55,12 +69,25 @@ type Options struct {
 	FirstBoot bool // Sealed was sealed in this boot
 	Cloud     Cloud
 	Ledger    string // directory in which is journalled what has been done to disks
-	Log       *slog.Logger
+	Run       string // directory of notes that end with the boot
+	// Systemd is told of the mounts, and stops what a disk that is gone would let write
+	// beneath it. Nil: nobody does.
+	Systemd Systemd
+	// Tell is called, and must not block, when the disk's health has changed or it is
+	// fenced, or is no longer.
+	Tell func()
+	Log  *slog.Logger
 }
 
 // New returns the module for one disk.
 func New(o Options) *Disk {
-	return &Disk{want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", ledger: ledger(o.Ledger), log: o.Log, patience: readPatience}
+	if o.Tell == nil {
+		o.Tell = func() {}
+	}
+	return &Disk{
+		want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", ledger: ledger(o.Ledger), log: o.Log, patience: readPatience,
+		systemd: o.Systemd, run: o.Run, pods: podsCgroup, self: "/proc/self/exe", tell: o.Tell, poked: make(chan struct{}, 1), serials: map[string]string{},
+	}
 }
 
 // Close gives up what is read, unless something that hangs holds the disk.
@@ -99,12 +126,14 @@ func (d *Disk) Plan(ctx context.Context) (node.Plan, error) {
 	switch node.ReasonOf(err, "") {
 	case "Settling":
 		p.Again = settlePoll // nothing tells when udev is done
-	case "Proving":
+	case Proving, Hung:
 		p.Again = progressEvery
 	}
+	// What is left to do for a mounted disk takes nothing from who uses it.
+	p.Serving = len(steps) > 0 && (steps[0].verb == publish || steps[0].verb == reload)
 	d.stands(have, steps, err)
 	for _, s := range steps {
-		p.Add(func(ctx context.Context) error { return d.do(ctx, s.verb) }, "%s", s.text)
+		p.Add(func(ctx context.Context) error { return d.do(ctx, s) }, "%s", s.text)
 	}
 	return p, err
 }
@@ -118,7 +147,8 @@ func (d *Disk) Apply(ctx context.Context, p node.Plan) error {
 
 // do carries one step out if it is still what is to be done first. The caller
 // holds mu.
-func (d *Disk) do(ctx context.Context, v verb) error {
+func (d *Disk) do(ctx context.Context, s step) error {
+	v := s.verb
 	have, err := d.observe(ctx, v != format)
 	if err != nil {
 		return err
@@ -130,8 +160,12 @@ func (d *Disk) do(ctx context.Context, v verb) error {
 	if err != nil {
 		return err
 	}
-	if len(steps) == 0 || steps[0].verb != v {
+	if len(steps) == 0 || steps[0].verb != v || steps[0].unit != s.unit {
 		return nil // somebody was faster; the next plan tells
+	}
+	if v != format && v != adopt && v != attach {
+		defer d.poke()
+		return d.after(ctx, s, have)
 	}
 	dev, err := bind(d.want, have)
 	if err != nil {

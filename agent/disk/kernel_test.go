@@ -56,7 +56,7 @@ func newBench(t *testing.T, fs node.FileSystem, prepare func(file string)) *benc
 	})
 	b.Disk = New(Options{
 		Want:   node.DiskConfig{DiskID: serial, FileSystem: fs, MountPoint: mnt},
-		Ledger: filepath.Join(dir, "ledger"), Log: slog.New(slog.DiscardHandler),
+		Ledger: filepath.Join(dir, "ledger"), Run: filepath.Join(dir, "run"), Log: slog.New(slog.DiscardHandler),
 	})
 	t.Cleanup(b.Disk.Close)
 	b.Disk.sys = filepath.Join(dir, "sys")
@@ -77,6 +77,11 @@ func (b *bench) plug(t *testing.T, name, serial string) {
 		}
 	}
 	b.setSerial(t, serial)
+	number := strings.TrimSpace(run(t, "cat", "/sys/block/"+name+"/dev"))
+	byNumber := filepath.Join(b.sys, "dev", "block")
+	if err := errors.Join(os.MkdirAll(byNumber, 0o755), os.Symlink("../../block/"+name, filepath.Join(byNumber, number))); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func (b *bench) setSerial(t *testing.T, serial string) {

@@ -28,6 +28,16 @@ type observed struct {
 	// Settling says that udev is at work: there may be devices that are not seen yet.
 	Settling  bool  `json:"settling,omitempty"`
 	ledgerErr error // why Ledger is not complete; nil: it is
+	// Was is the note of the disk's mount in this boot; nil: there was none.
+	Was *serving `json:"was,omitempty"`
+	// Lost is the evidence that the device which was mounted is gone.
+	Lost  string   `json:"lost,omitempty"`
+	Users []string `json:"users,omitempty"` // that run, of those that a lost disk would let write beneath
+	// Stopped says that the mounted file system takes no writes, and that the mount
+	// does not show it.
+	Stopped bool `json:"stopped,omitempty"`
+	// Unit is how systemd knows the mount; nil: it is not asked.
+	Unit *mountUnit `json:"unit,omitempty"`
 }
 
 // device is a whole block device with a serial attribute.
@@ -71,6 +81,7 @@ type content struct {
 	Blank bool `json:"blank,omitempty"`
 	// Proving says how far the reading of every block is, if it is under way.
 	Proving string `json:"proving,omitempty"`
+	Hung    bool   `json:"hung,omitempty"` // and none of its reads returns
 	// Signatures names everything recognised; UUID and Label are those of the
 	// file system if there is exactly one signature and it is ext4 or xfs.
 	Signatures []string `json:"signatures,omitempty"`
@@ -107,11 +118,19 @@ const (
 	format verb = "format"
 	adopt  verb = "adopt"
 	attach verb = "mount"
+	// What comes after: see fence.go, mountunit.go.
+	publish verb = "publish"
+	reload  verb = "reload"
+	halt    verb = "stop"
+	quell   verb = "kill"
+	detach  verb = "unmount"
+	bury    verb = "note"
 )
 
 type step struct {
 	verb verb
 	text string
+	unit string // of halt
 }
 
 // decide returns what has to be done to the wanted disk, or why nothing may be.
@@ -120,12 +139,19 @@ func decide(want node.DiskConfig, have observed) ([]step, error) {
 		return nil, node.Terminal("MountPointIsLink", fmt.Sprintf("set disks[].mountPoint: %s in the NodeConfig, or make it a directory", have.Link),
 			fmt.Errorf("%s leads to %s by a symbolic link", want.MountPoint, have.Link))
 	}
+	if steps, err := fence(want, have); len(steps) > 0 || err != nil {
+		return steps, err
+	}
 	dev, err := bind(want, have)
 	if err != nil {
 		return nil, cmp.Or(have.ledgerErr, err)
 	}
 	if m, ok := have.at(want.MountPoint); ok {
-		return nil, mounted(dev, m)
+		m.ReadOnly = m.ReadOnly || have.Stopped
+		if err := mounted(dev, m); err != nil {
+			return nil, err
+		}
+		return published(want, dev, m, have), nil
 	}
 	if have.ledgerErr != nil {
 		return nil, have.ledgerErr
@@ -261,26 +287,26 @@ func unused(dev device, have observed) error {
 func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error) {
 	c, past := have.Content, have.Ledger[dev.Serial]
 	fs := string(want.FileSystem)
-	mount := step{attach, fmt.Sprintf("mount %s (%s) on %s", dev.Serial, fs, want.MountPoint)}
+	mount := step{verb: attach, text: fmt.Sprintf("mount %s (%s) on %s", dev.Serial, fs, want.MountPoint)}
 	one := len(c.Signatures) == 1 && len(dev.Partitions) == 0
 	ours := c.UUID != "" && (c.UUID == past.UUID || c.Label == label(dev.Serial))
 	decided := func(act string) bool { return have.Decision != nil && have.Decision.is(act, dev) }
 	switch {
 	case c.Proving != "":
-		return nil, node.Waiting("Proving", "%s", c.Proving)
+		return nil, node.Waiting(proving(c.Hung), "%s", c.Proving)
 	case dev.ReadOnly:
 		return nil, node.Terminal("ReadOnly", "attach it writable", fmt.Errorf("%s is a read-only device", dev))
 	case c.Busy:
 		return nil, node.Waiting("Busy", "%s is locked by another program", dev)
 	case decided(actFormat):
-		return []step{{format, fmt.Sprintf("format %s with %s over whatever it holds, as %s", dev, fs, have.Decision)}, mount}, nil
+		return []step{{verb: format, text: fmt.Sprintf("format %s with %s over whatever it holds, as %s", dev, fs, have.Decision)}, mount}, nil
 	case c.Unreadable != "":
 		return nil, unreadable(dev, c)
 	case c.Blank && past.State == stateFormatted:
 		return nil, node.Terminal("Lost", "if its data may be lost, type: "+command(actFormat, dev),
 			fmt.Errorf("%s reads as blank, but was formatted on %s (uuid %s)", dev, past.At.Format("2006-01-02 15:04:05Z"), past.UUID))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
-		return []step{{format, fmt.Sprintf("format %s with %s once it is proven blank", dev, fs)}, mount}, nil
+		return []step{{verb: format, text: fmt.Sprintf("format %s with %s once it is proven blank", dev, fs)}, mount}, nil
 	case one && ours && c.UUID != past.UUID && otherCluster(c.UUID, have.Cluster) &&
 		want.WhenNotBlank != node.MountFound && !decided(actAdopt):
 		return nil, node.Terminal("OtherCluster", "attach another disk; or, to use it as it is, type: "+command(actAdopt, dev),
@@ -299,7 +325,7 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 		if !ours {
 			whose = "another's"
 		}
-		return []step{{adopt, fmt.Sprintf("adopt %s: it holds %s %s (uuid %s)", dev.Serial, whose, c.Signatures[0], c.UUID)}, mount}, nil
+		return []step{{verb: adopt, text: fmt.Sprintf("adopt %s: it holds %s %s (uuid %s)", dev.Serial, whose, c.Signatures[0], c.UUID)}, mount}, nil
 	case past.State == stateFormatting:
 		return nil, node.Terminal("FormatInterrupted", eraseIt+command(actFormat, dev),
 			fmt.Errorf("formatting %s began on %s and was cut off; it now holds %s", dev, past.At.Format("2006-01-02 15:04:05Z"), c))
@@ -308,6 +334,32 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 		c.Signatures = append([]string{"partitions"}, c.Signatures...)
 	}
 	return nil, foreign(dev, c)
+}
+
+// published returns what is left to do for a disk that is mounted where it belongs:
+// systemd and the next agent have to know of it.
+func published(want node.DiskConfig, dev device, m mount, have observed) []step {
+	u := have.Unit
+	if u == nil {
+		return nil
+	}
+	was := have.Was
+	noted := was != nil && was.DiskID == dev.Serial && was.Dev == dev.Dev && was.Gone.IsZero()
+	switch name := unitName(want.MountPoint); {
+	case !noted || u.Text != unitText(dev.Serial, m.Source, want.MountPoint, m.FSType):
+		return []step{{verb: publish, text: fmt.Sprintf("publish %s as %s", dev.Serial, name)}}
+	case u.Stale:
+		return []step{{verb: reload, text: fmt.Sprintf("reload systemd's units: it has not read %s", u.Path)}}
+	}
+	return nil
+}
+
+// proving is the reason of a disk that is read.
+func proving(hung bool) string {
+	if hung {
+		return Hung
+	}
+	return Proving
 }
 
 func unreadable(dev device, c content) error {

@@ -7,7 +7,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -133,6 +135,8 @@ type proof struct {
 	read   atomic.Int64
 	done   chan struct{} // closed when found is there
 	found  content
+	moves  progressing // guarded by moving
+	moving sync.Mutex
 }
 
 // blank returns the claim under which dev was found blank, and what that rests on.
@@ -256,16 +260,27 @@ func (p *proof) ended() bool {
 }
 
 // waiting says how far the reading is.
-func (p *proof) waiting(now time.Time) error { return node.Waiting("Proving", "%s", p.progress(now)) }
+func (p *proof) waiting(now time.Time) error {
+	text, hung := p.progress(now)
+	return node.Waiting(proving(hung), "%s", text)
+}
 
-func (p *proof) progress(now time.Time) string {
+// progress says how far the reading is, and whether it goes on at all.
+func (p *proof) progress(now time.Time) (text string, hung bool) {
 	read, elapsed := p.read.Load(), now.Sub(p.began)
-	text := fmt.Sprintf("read %d %% of %s", read*100/p.dev.SizeBytes, p.dev)
+	p.moving.Lock()
+	still := p.moves.look(1, strconv.FormatInt(read, 10), now)
+	p.moving.Unlock()
+	if still.For >= stallPatience {
+		return fmt.Sprintf("%s does not answer: no read of it has ended for %s, after %d %% of it; look at the disk in the console, and detach it if it does not come back",
+			p.dev, still.For.Round(time.Second), read*100/p.dev.SizeBytes), true
+	}
+	text = fmt.Sprintf("read %d %% of %s", read*100/p.dev.SizeBytes, p.dev)
 	if rate := float64(read) / elapsed.Seconds(); read > 0 && elapsed >= time.Second {
 		left := time.Duration(float64(p.dev.SizeBytes-read) / rate * float64(time.Second))
 		text += fmt.Sprintf(", %.1f MiB/s, %s left", rate/(1<<20), left.Round(time.Second))
 	}
-	return text + "; it is formatted once every block has been read as zero, since the cloud does not vouch for it: " + p.why
+	return text + "; it is formatted once every block has been read as zero, since the cloud does not vouch for it: " + p.why, false
 }
 
 // refuse says why a disk that was to be formatted is not.

@@ -17,7 +17,7 @@ var disksCommand = command{
 	name: "disks",
 	help: "the disks of the NodeConfig, and how each stands",
 	long: `One line for every disk: its id, size, state, mount point, file system, and what it rested on that it was
-blank when it was formatted. Under a disk that is not mounted is said why, and what to do.`,
+blank when it was formatted. Under a disk that is not mounted, or is ill, is said why, and what to do.`,
 	flags: func(fs *flag.FlagSet) action {
 		format := output(fs)
 		return func(ctx context.Context, out *terminal, _ []string) error {
@@ -68,7 +68,7 @@ agent started. Nothing is looked at anew: that is what tkenode wake does.`,
 				} else {
 					renderDisk(out, s)
 				}
-				if err == nil && s.State != disk.Mounted {
+				if err == nil && (s.State != disk.Mounted || len(s.Health) > 0) {
 					err = told{errUnmet}
 				}
 				return err
@@ -162,6 +162,16 @@ func renderDisks(t *terminal, all []disk.State) {
 		if n > 0 && all[n-1].Message != "" {
 			t.block("  ", all[n-1].Message)
 		}
+		if n > 0 {
+			renderHealth(t, all[n-1])
+		}
+	}
+}
+
+// renderHealth prints what is wrong with a disk that is mounted.
+func renderHealth(t *terminal, s disk.State) {
+	for _, c := range s.Health {
+		t.block("  ", fmt.Sprintf("%s since %s (%s): %s", c.Type, clock(c.Since, s.Now), span(s.Now.Sub(c.Since)), c.Message))
 	}
 }
 
@@ -188,6 +198,7 @@ func renderDisk(t *terminal, s disk.State) {
 	if s.Message != "" {
 		t.block("  ", s.Message)
 	}
+	renderHealth(t, s)
 	line := func(name, text string) {
 		for i, l := range t.lines(text, 15) {
 			if i > 0 {

@@ -6,9 +6,11 @@ import (
 	"time"
 
 	"github.com/tkenode/tkenode/agent/disk"
+	"github.com/tkenode/tkenode/agent/node"
 )
 
-// someDisks are one that is mounted, one that is read, and one that is refused.
+// someDisks are one that is mounted, one that is read, one that is refused, one that
+// is ill and one that is gone.
 func someDisks() []disk.State {
 	return []disk.State{
 		{
@@ -30,6 +32,19 @@ func someDisks() []disk.State {
 		{
 			Now: now, Name: "disk/data", SizeBytes: 0, State: "Absent", MountPoint: "/logs", FileSystem: "ext4",
 			Message: "no data disk is attached; one is wanted for /logs\x1b[2J",
+		},
+		{
+			Now: now, Name: "disk/disk-ill00000", DiskID: "disk-ill00000", Device: "/dev/vdd", SizeBytes: 1 << 40, State: disk.Mounted, Since: ago(time.Hour),
+			MountPoint: "/db", FileSystem: "ext4", UUID: "6c1f3ab8-0d0a-8bdc-8a3e-0123456789ac",
+			Health: []node.Condition{{
+				Type: node.Ext4Error, Status: node.True, Reason: "DiskDamaged", Since: ago(time.Minute),
+				Message: "disk-ill00000 (/dev/vdd) on /db has noted errors (1, the first 2026-01-02 03:03:05Z); run e2fsck",
+			}},
+		},
+		{
+			Now: now, Name: "disk/disk-gone0000", DiskID: "disk-gone0000", State: disk.Gone, Since: ago(time.Minute),
+			MountPoint: "/cache", FileSystem: "ext4", Fenced: true,
+			Message: "disk-gone0000, which was mounted on /cache, is gone since 2026-01-02 03:03:05Z; attach it to this instance again",
 		},
 	}
 }
