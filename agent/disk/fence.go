@@ -66,6 +66,9 @@ func fence(want node.DiskConfig, have observed) ([]step, error) {
 		}
 		return append(steps, step{verb: bury, text: fmt.Sprintf("note that %s is gone: %s", was.DiskID, have.Lost)}), nil
 	}
+	if want.DiskID != "" && want.DiskID != was.DiskID {
+		return nil, nil // another is wanted by now
+	}
 	if slices.ContainsFunc(have.Devices, func(d device) bool { return d.Serial == was.DiskID }) {
 		return nil, nil // it is back, and is mounted as after a boot
 	}
