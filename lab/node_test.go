@@ -168,6 +168,7 @@ func TestNodeLifecycle(t *testing.T) {
 		if !strings.Contains(out, "ext4") || !strings.Contains(out, "disk-") {
 			t.Errorf("mounted at /var/lib/containerd: %s", out)
 		}
+		mountUnits(t, l, c)
 	})
 	t.Run("seed", func(t *testing.T) {
 		out := l.mustRun(t, c, "journalctl -b -o cat -u tkenode-agent | grep -E 'seed /var/lib/containerd|import localhost/' || true; ls -A /var/lib/containerd | grep tkenode-seed || true")
@@ -284,6 +285,7 @@ func testReboot(t *testing.T, l *Lab, c *CVM) {
 	}
 	converged(t, l, c)
 	ready(t, l, c, 5*time.Minute)
+	mountUnits(t, l, c)
 	if after := identity(); after != before {
 		t.Errorf("identity before the reboot:\n%s\nand after:\n%s", before, after)
 	}

@@ -10,14 +10,19 @@
 // started before, or every block of it is read. docs/disk.md says which evidence is
 // accepted, and why. Only an operator can have a disk formatted that is not blank.
 //
-// The package does not partition, resize, check or unmount, and it leaves the
-// disks of the CSI driver alone. A disk that it may not touch is described, with
-// the evidence, and left for a human.
+// Once it is mounted the disk is looked at again and again; one that goes, or turns
+// out to be another, is fenced: see fence.go. A mounted file system is grown when its
+// device is, and trimmed once a week.
+//
+// The package does not partition, check or unmount, and it leaves the disks of the CSI
+// driver alone. A disk that it may not touch is described, with the evidence, and
+// left for a human.
 package disk
 
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -36,16 +41,29 @@ type Disk struct {
 	firstBoot bool
 	cloud     Cloud
 	sys       string // where sysfs is mounted
+	boot      string // the kernel's name for this boot
 	ledger    ledger
 	log       *slog.Logger
 	account   account
 	patience  time.Duration // readPatience, but in tests
+	systemd   Systemd       // nil: it knows nothing of the mounts
+	run       string        // directory of notes that end with the boot
+	pods      string        // cgroup of all pods
+	self      string        // this program
+	tell      func()
+	poked     chan struct{} // capacity 1: the disk is to be looked at
+	tended    tended
+
+	helping sync.Mutex // held while a helper is waited for; guards helper
+	helper  *helper    // nil: none is out
 
 	// mu is held while the disk is looked at or changed: a look at a disk that is
 	// just being formatted would find something foreign on it. It guards the rest.
 	mu      sync.Mutex
 	proof   *proof // nil: no disk is being read
 	suspect suspect
+	growth  growth
+	serials map[string]string // that devices have told, by device number and diskseq
 }
 
 // Options say which disk is kept, and by what.
@@ -55,12 +73,26 @@ type Options struct {
 	FirstBoot bool // Sealed was sealed in this boot
 	Cloud     Cloud
 	Ledger    string // directory in which is journalled what has been done to disks
-	Log       *slog.Logger
+	Run       string // directory of notes that end with the boot
+	// Systemd is told of the mounts, and stops what a disk that is gone would let write
+	// beneath it. Nil: nobody does.
+	Systemd Systemd
+	// Tell is called, and must not block, when the disk's health has changed or it is
+	// fenced, or is no longer.
+	Tell func()
+	Log  *slog.Logger
 }
 
 // New returns the module for one disk.
 func New(o Options) *Disk {
-	return &Disk{want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", ledger: ledger(o.Ledger), log: o.Log, patience: readPatience}
+	if o.Tell == nil {
+		o.Tell = func() {}
+	}
+	return &Disk{
+		want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", boot: bootID(), ledger: ledger(o.Ledger), log: o.Log,
+		patience: readPatience, systemd: o.Systemd, run: o.Run, pods: podsCgroup, self: "/proc/self/exe", tell: o.Tell, poked: make(chan struct{}, 1),
+		serials: map[string]string{},
+	}
 }
 
 // Close gives up what is read, unless something that hangs holds the disk.
@@ -68,15 +100,20 @@ func (d *Disk) Close() {
 	if d.mu.TryLock() {
 		defer d.mu.Unlock()
 		d.drop()
+		d.abandon()
 	}
 }
 
-// Name returns "disk/<disk id>", or "disk/data" for the only data disk.
+// Name returns "disk/<disk id>", "disk<mount point>" for one that a selector finds,
+// or "disk/data" for the only data disk.
 func (d *Disk) Name() string {
-	if d.want.DiskID == "" {
-		return "disk/data"
+	switch {
+	case d.want.DiskID != "":
+		return "disk/" + d.want.DiskID
+	case d.want.Selector != (node.DiskSelector{}):
+		return "disk" + d.want.MountPoint
 	}
-	return "disk/" + d.want.DiskID
+	return "disk/data"
 }
 
 // Condition returns the condition that the disk serves.
@@ -99,12 +136,17 @@ func (d *Disk) Plan(ctx context.Context) (node.Plan, error) {
 	switch node.ReasonOf(err, "") {
 	case "Settling":
 		p.Again = settlePoll // nothing tells when udev is done
-	case "Proving":
+	case Proving, Hung:
 		p.Again = progressEvery
 	}
+	if have.Growing != "" {
+		p.Again = growPoll
+	}
+	// What is left to do for a mounted disk takes nothing from who uses it.
+	p.Serving = len(steps) > 0 && slices.Contains([]verb{publish, reload, grow}, steps[0].verb)
 	d.stands(have, steps, err)
 	for _, s := range steps {
-		p.Add(func(ctx context.Context) error { return d.do(ctx, s.verb) }, "%s", s.text)
+		p.Add(func(ctx context.Context) error { return d.do(ctx, s) }, "%s", s.text)
 	}
 	return p, err
 }
@@ -118,7 +160,8 @@ func (d *Disk) Apply(ctx context.Context, p node.Plan) error {
 
 // do carries one step out if it is still what is to be done first. The caller
 // holds mu.
-func (d *Disk) do(ctx context.Context, v verb) error {
+func (d *Disk) do(ctx context.Context, s step) error {
+	v := s.verb
 	have, err := d.observe(ctx, v != format)
 	if err != nil {
 		return err
@@ -130,8 +173,17 @@ func (d *Disk) do(ctx context.Context, v verb) error {
 	if err != nil {
 		return err
 	}
-	if len(steps) == 0 || steps[0].verb != v {
+	if len(steps) == 0 || steps[0].verb != v || steps[0].unit != s.unit {
 		return nil // somebody was faster; the next plan tells
+	}
+	switch v {
+	case record:
+		return d.keep(ctx, have)
+	case join:
+		return d.join(ctx)
+	case publish, reload, halt, quell, detach, bury:
+		defer d.poke()
+		return d.after(ctx, s, have)
 	}
 	dev, err := bind(d.want, have)
 	if err != nil {
@@ -150,6 +202,9 @@ func (d *Disk) do(ctx context.Context, v verb) error {
 			DiskID: dev.Serial, MountPoint: d.want.MountPoint, State: stateFormatted,
 			FileSystem: node.FileSystem(have.Content.Signatures[0]), UUID: have.Content.UUID, SizeBytes: dev.SizeBytes,
 		})
+	case grow:
+		m, _ := have.at(d.want.MountPoint)
+		return d.grow(ctx, dev, m, have.FSBytes)
 	default:
 		defer d.account.begin("mount")()
 		return d.mount(dev, have.Content.Signatures[0])

@@ -110,10 +110,14 @@ func (d *Disk) prove(ctx context.Context, dev device, have observed) (_ *permit,
 }
 
 func (d *Disk) entry(p *permit, state string) entry {
-	return entry{
+	e := entry{
 		DiskID: p.dev.Serial, MountPoint: d.want.MountPoint, FileSystem: d.want.FileSystem,
 		UUID: p.uuid, State: state, SizeBytes: p.dev.SizeBytes, Proof: p.proof,
 	}
+	if state == stateFormatting {
+		e.Boot = d.boot
+	}
+	return e
 }
 
 // mkfs formats the disk. It is never cut off when ctx ends, since half a file

@@ -33,6 +33,8 @@ type entry struct {
 	SizeBytes  int64           `json:"sizeBytes"`
 	Proof      string          `json:"proof,omitempty"` // what it rested on that the disk was blank; empty: it was not ours to format
 	At         time.Time       `json:"at"`
+	// Boot is that in which formatting began, and only told until it has ended.
+	Boot string `json:"boot,omitempty"`
 }
 
 func (e entry) valid(id string) error {
@@ -98,6 +100,20 @@ func decodeEntry(id string, b []byte) (entry, error) {
 func (l ledger) write(e entry) error {
 	e.At = time.Now().UTC().Truncate(time.Second)
 	return l.store(e.DiskID+".json", e)
+}
+
+// resize notes that a disk, and what is on it, is larger than it was.
+func (l ledger) resize(id string, size int64) error {
+	all, err := l.read()
+	if err != nil {
+		return err
+	}
+	e, ok := all[id]
+	if !ok || e.SizeBytes == size {
+		return nil
+	}
+	e.SizeBytes = size
+	return l.store(id+".json", e) // dated as it was: nothing else was done
 }
 
 // store writes v as a file, and returns once it is on stable storage.

@@ -51,6 +51,9 @@ func TestOneWayToFormat(t *testing.T) {
 		for _, decl := range file.Decls {
 			fn, _ := decl.(*ast.FuncDecl)
 			in := func(name string) bool { return here && fn != nil && fn.Name.Name == name }
+			// These run a program on a file system that is mounted.
+			mounted := fn != nil && (rel == filepath.Join("agent", "disk", "grow_linux.go") && fn.Name.Name == "growNow" ||
+				rel == filepath.Join("agent", "disk", "trim_linux.go") && fn.Name.Name == "trim")
 			ast.Inspect(decl, func(n ast.Node) bool {
 				switch n := n.(type) {
 				case *ast.BasicLit:
@@ -76,7 +79,7 @@ func TestOneWayToFormat(t *testing.T) {
 					if s.Sel.Name == "mkfs" {
 						sites++
 					}
-					if x, ok := s.X.(*ast.Ident); ok && x.Name == "exec" && filepath.Dir(rel) == filepath.Join("agent", "disk") && !in("mkfs") {
+					if x, ok := s.X.(*ast.Ident); ok && x.Name == "exec" && filepath.Dir(rel) == filepath.Join("agent", "disk") && !in("mkfs") && !mounted && !itself(rel, fn, n) {
 						t.Errorf("%s: runs a program", set.Position(n.Pos()))
 					}
 				}
@@ -91,6 +94,17 @@ func TestOneWayToFormat(t *testing.T) {
 	if files < 20 || permits != 1 || sites != 1 {
 		t.Errorf("%d files hold %d permits and %d calls of mkfs; want one each", files, permits, sites)
 	}
+}
+
+// itself reports whether a call starts this very program, as a helper that writes
+// nothing.
+func itself(file string, in *ast.FuncDecl, call *ast.CallExpr) bool {
+	if file != filepath.Join("agent", "disk", "helper_linux.go") || in == nil || in.Name.Name != "start" || len(call.Args) != 2 {
+		return false
+	}
+	program, ok := call.Args[0].(*ast.SelectorExpr)
+	errand, ok2 := call.Args[1].(*ast.Ident)
+	return ok && ok2 && program.Sel.Name == "self" && errand.Name == "HelperCommand"
 }
 
 func TestDestructiveWords(t *testing.T) {

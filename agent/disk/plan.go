@@ -23,11 +23,32 @@ type observed struct {
 	// Decision is what an operator has decided for the wanted disk, and not yet done.
 	Decision *decision `json:"decision,omitempty"`
 	Cluster  string    `json:"cluster,omitempty"` // of the node
+	Boot     string    `json:"boot,omitempty"`
+	// Binding is what the selector means; nil: there is none, or it has not been found.
+	Binding *binding `json:"binding,omitempty"`
+	// Attach is there if the disk is not, and is to be attached.
+	Attach *attachment `json:"attach,omitempty"`
 	// Link is where the mount point leads if a part of it is a symbolic link.
 	Link string `json:"link,omitempty"`
 	// Settling says that udev is at work: there may be devices that are not seen yet.
-	Settling  bool  `json:"settling,omitempty"`
-	ledgerErr error // why Ledger is not complete; nil: it is
+	Settling bool `json:"settling,omitempty"`
+	// FSBytes is the size of the file system where the disk is mounted; 0: not known.
+	FSBytes   int64     `json:"fsBytes,omitempty"`
+	Growing   string    `json:"growing,omitempty"`  // what grows, while it does
+	NotGrown  int64     `json:"notGrown,omitempty"` // size of the device at which growing was refused
+	ledgerErr error     // why Ledger is not complete; nil: it is
+	boundErr  error     // why the selector has no Binding
+	fresh     []binding // all that are not kept yet
+	// Was is the note of the disk's mount in this boot; nil: there was none.
+	Was *serving `json:"was,omitempty"`
+	// Lost is the evidence that the device which was mounted is gone.
+	Lost  string   `json:"lost,omitempty"`
+	Users []string `json:"users,omitempty"` // that run, of those that a lost disk would let write beneath
+	// Stopped says that the mounted file system takes no writes, and that the mount
+	// does not show it.
+	Stopped bool `json:"stopped,omitempty"`
+	// Unit is how systemd knows the mount; nil: it is not asked.
+	Unit *mountUnit `json:"unit,omitempty"`
 }
 
 // device is a whole block device with a serial attribute.
@@ -71,8 +92,9 @@ type content struct {
 	Blank bool `json:"blank,omitempty"`
 	// Proving says how far the reading of every block is, if it is under way.
 	Proving string `json:"proving,omitempty"`
+	Hung    bool   `json:"hung,omitempty"` // and none of its reads returns
 	// Signatures names everything recognised; UUID and Label are those of the
-	// file system if there is exactly one signature and it is ext4 or xfs.
+	// file system if there is exactly one signature and it is ext2 to ext4 or xfs.
 	Signatures []string `json:"signatures,omitempty"`
 	UUID       string   `json:"uuid,omitempty"`
 	Label      string   `json:"label,omitempty"`
@@ -107,11 +129,22 @@ const (
 	format verb = "format"
 	adopt  verb = "adopt"
 	attach verb = "mount"
+	grow   verb = "grow"
+	record verb = "bind"   // what the selector means
+	join   verb = "attach" // the disk to the instance
+	// What comes after: see fence.go, mountunit.go.
+	publish verb = "publish"
+	reload  verb = "reload"
+	halt    verb = "stop"
+	quell   verb = "kill"
+	detach  verb = "unmount"
+	bury    verb = "note"
 )
 
 type step struct {
 	verb verb
 	text string
+	unit string // of halt
 }
 
 // decide returns what has to be done to the wanted disk, or why nothing may be.
@@ -120,12 +153,26 @@ func decide(want node.DiskConfig, have observed) ([]step, error) {
 		return nil, node.Terminal("MountPointIsLink", fmt.Sprintf("set disks[].mountPoint: %s in the NodeConfig, or make it a directory", have.Link),
 			fmt.Errorf("%s leads to %s by a symbolic link", want.MountPoint, have.Link))
 	}
+	if b := have.Binding; b != nil && b.At.IsZero() {
+		return []step{{verb: record, text: fmt.Sprintf("bind %s to %s by its selector (%s): %s", b.MountPoint, b.DiskID, describeSelector(b.Selector), b.Source)}}, nil
+	}
+	// One that is gone may be attached again.
+	if steps, err := fence(want, have); len(steps) > 0 || err != nil && have.Attach == nil {
+		return steps, err
+	}
 	dev, err := bind(want, have)
+	if err != nil && have.Attach != nil {
+		return attaching(want, *have.Attach)
+	}
 	if err != nil {
 		return nil, cmp.Or(have.ledgerErr, err)
 	}
 	if m, ok := have.at(want.MountPoint); ok {
-		return nil, mounted(dev, m)
+		m.ReadOnly = m.ReadOnly || have.Stopped
+		if err := mounted(dev, m); err != nil {
+			return nil, err
+		}
+		return append(published(want, dev, m, have), grown(dev, m, have)...), nil
 	}
 	if have.ledgerErr != nil {
 		return nil, have.ledgerErr
@@ -138,12 +185,9 @@ func decide(want node.DiskConfig, have observed) ([]step, error) {
 
 // bind returns the one device that is the wanted disk.
 func bind(want node.DiskConfig, have observed) (device, error) {
-	id := want.DiskID
-	if id == "" {
-		var err error
-		if id, err = onlyDataDisk(want, have); err != nil {
-			return device{}, err
-		}
+	id, err := have.identity(want)
+	if err != nil {
+		return device{}, err
 	}
 	var found []device
 	var mute []string
@@ -163,11 +207,27 @@ func bind(want node.DiskConfig, have observed) (device, error) {
 		if len(mute) > 0 {
 			text += fmt.Sprintf(" (%s has not told its serial)", strings.Join(mute, ", "))
 		}
-		return device{}, node.Waiting("Absent", "%s", text)
+		return device{}, node.Waiting(absent, "%s", text)
 	default:
 		return device{}, node.Terminal("Ambiguous", "detach all but the right one",
 			fmt.Errorf("%d block devices claim the serial %s: %s", len(found), id, names(found)))
 	}
+}
+
+// absent is the reason of a disk that is not attached.
+const absent = "Absent"
+
+// identity returns the id of the wanted disk.
+func (o observed) identity(want node.DiskConfig) (string, error) {
+	switch {
+	case want.DiskID != "":
+		return want.DiskID, nil
+	case o.boundErr != nil:
+		return "", o.boundErr
+	case o.Binding != nil:
+		return o.Binding.DiskID, nil
+	}
+	return onlyDataDisk(want, o)
 }
 
 // diskID is what a CBS disk's serial looks like; virtio carries 20 bytes of it.
@@ -212,7 +272,7 @@ func onlyDataDisk(want node.DiskConfig, have observed) (string, error) {
 		}
 		return found[0].Serial, nil
 	case 0:
-		return "", node.Waiting("Absent", "no data disk is attached; one is wanted for %s", want.MountPoint)
+		return "", node.Waiting(absent, "no data disk is attached; one is wanted for %s", want.MountPoint)
 	default:
 		return "", node.Terminal("Ambiguous", "set disks[].diskID in the NodeConfig",
 			fmt.Errorf("the NodeConfig names no disk for %s and %d are attached: %s", want.MountPoint, len(found), names(found)))
@@ -261,26 +321,31 @@ func unused(dev device, have observed) error {
 func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error) {
 	c, past := have.Content, have.Ledger[dev.Serial]
 	fs := string(want.FileSystem)
-	mount := step{attach, fmt.Sprintf("mount %s (%s) on %s", dev.Serial, fs, want.MountPoint)}
+	mount := step{verb: attach, text: fmt.Sprintf("mount %s (%s) on %s", dev.Serial, fs, want.MountPoint)}
 	one := len(c.Signatures) == 1 && len(dev.Partitions) == 0
 	ours := c.UUID != "" && (c.UUID == past.UUID || c.Label == label(dev.Serial))
 	decided := func(act string) bool { return have.Decision != nil && have.Decision.is(act, dev) }
 	switch {
 	case c.Proving != "":
-		return nil, node.Waiting("Proving", "%s", c.Proving)
+		return nil, node.Waiting(proving(c.Hung), "%s", c.Proving)
 	case dev.ReadOnly:
 		return nil, node.Terminal("ReadOnly", "attach it writable", fmt.Errorf("%s is a read-only device", dev))
 	case c.Busy:
 		return nil, node.Waiting("Busy", "%s is locked by another program", dev)
 	case decided(actFormat):
-		return []step{{format, fmt.Sprintf("format %s with %s over whatever it holds, as %s", dev, fs, have.Decision)}, mount}, nil
+		return []step{{verb: format, text: fmt.Sprintf("format %s with %s over whatever it holds, as %s", dev, fs, have.Decision)}, mount}, nil
 	case c.Unreadable != "":
 		return nil, unreadable(dev, c)
 	case c.Blank && past.State == stateFormatted:
 		return nil, node.Terminal("Lost", "if its data may be lost, type: "+command(actFormat, dev),
 			fmt.Errorf("%s reads as blank, but was formatted on %s (uuid %s)", dev, past.At.Format("2006-01-02 15:04:05Z"), past.UUID))
+	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0 && want.FileSystem == node.Ext3:
+		return nil, node.Terminal("Ext3NotMade", "set fileSystem: ext4 in the NodeConfig", fmt.Errorf("%s is blank, and ext3 is only mounted where it is found", dev))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
-		return []step{{format, fmt.Sprintf("format %s with %s once it is proven blank", dev, fs)}, mount}, nil
+		return []step{{verb: format, text: fmt.Sprintf("format %s with %s once it is proven blank", dev, fs)}, mount}, nil
+	case one && ours && past.State == stateFormatting && past.Boot != have.Boot && !decided(actAdopt):
+		// The power may have gone before all of it was on the disk.
+		return nil, interrupted(dev, c, past)
 	case one && ours && c.UUID != past.UUID && otherCluster(c.UUID, have.Cluster) &&
 		want.WhenNotBlank != node.MountFound && !decided(actAdopt):
 		return nil, node.Terminal("OtherCluster", "attach another disk; or, to use it as it is, type: "+command(actAdopt, dev),
@@ -299,10 +364,9 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 		if !ours {
 			whose = "another's"
 		}
-		return []step{{adopt, fmt.Sprintf("adopt %s: it holds %s %s (uuid %s)", dev.Serial, whose, c.Signatures[0], c.UUID)}, mount}, nil
+		return []step{{verb: adopt, text: fmt.Sprintf("adopt %s: it holds %s %s (uuid %s)", dev.Serial, whose, c.Signatures[0], c.UUID)}, mount}, nil
 	case past.State == stateFormatting:
-		return nil, node.Terminal("FormatInterrupted", eraseIt+command(actFormat, dev),
-			fmt.Errorf("formatting %s began on %s and was cut off; it now holds %s", dev, past.At.Format("2006-01-02 15:04:05Z"), c))
+		return nil, interrupted(dev, c, past)
 	}
 	if len(dev.Partitions) > 0 {
 		c.Signatures = append([]string{"partitions"}, c.Signatures...)
@@ -310,10 +374,46 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 	return nil, foreign(dev, c)
 }
 
+// published returns what is left to do for a disk that is mounted where it belongs:
+// systemd and the next agent have to know of it.
+func published(want node.DiskConfig, dev device, m mount, have observed) []step {
+	u := have.Unit
+	if u == nil {
+		return nil
+	}
+	was := have.Was
+	noted := was != nil && was.DiskID == dev.Serial && was.Dev == dev.Dev && was.Gone.IsZero()
+	switch name := unitName(want.MountPoint); {
+	case !noted || u.Text != unitText(dev.Serial, m.Source, want.MountPoint, m.FSType):
+		return []step{{verb: publish, text: fmt.Sprintf("publish %s as %s", dev.Serial, name)}}
+	case u.Stale:
+		return []step{{verb: reload, text: fmt.Sprintf("reload systemd's units: it has not read %s", u.Path)}}
+	}
+	return nil
+}
+
+// proving is the reason of a disk that is read.
+func proving(hung bool) string {
+	if hung {
+		return Hung
+	}
+	return Proving
+}
+
 func unreadable(dev device, c content) error {
 	return &node.Error{Class: node.ClassTransient, Reason: "Unreadable",
 		Fix: "look at `dmesg`, and detach the disk if it is broken; if it holds nothing that you need and both its ends can be read, type: " + command(actFormat, dev),
 		Err: fmt.Errorf("%s cannot be read, so it counts as holding data: %s", dev, c.Unreadable)}
+}
+
+// interrupted says what a disk holds of which nobody knows how far its formatting got.
+func interrupted(dev device, c content, past entry) error {
+	fix := eraseIt + command(actFormat, dev)
+	if adoptable(c) {
+		fix = "check it (`e2fsck -fn`, `xfs_repair -n`), and if it is sound, type: " + command(actAdopt, dev) + "; or " + fix
+	}
+	return node.Terminal("FormatInterrupted", fix,
+		fmt.Errorf("formatting %s began on %s and was cut off; it now holds %s", dev, past.At.Format("2006-01-02 15:04:05Z"), c))
 }
 
 // foreign says what a disk holds that is not ours.
@@ -333,7 +433,7 @@ const eraseIt = "name another disk in the NodeConfig; or, once you have saved wh
 // adoptable reports whether exactly one healthy file system was found that can be
 // mounted.
 func adoptable(c content) bool {
-	return c.UUID != "" && len(c.Signatures) == 1 && slices.Contains([]string{string(node.Ext4), string(node.XFS)}, c.Signatures[0])
+	return c.UUID != "" && len(c.Signatures) == 1 && slices.Contains([]string{string(node.Ext4), string(node.XFS), string(node.Ext3)}, c.Signatures[0])
 }
 
 // at returns the topmost mount at target.

@@ -21,11 +21,21 @@ type State struct {
 	MountPoint string          `json:"mountPoint"`
 	FileSystem node.FileSystem `json:"fileSystem"` // that it has, or is wanted to have
 	UUID       string          `json:"uuid,omitempty"`
+	// BoundBy says in a word why this disk is meant: diskID, selector or only disk;
+	// Binding says it in a sentence.
+	BoundBy string `json:"boundBy,omitempty"`
+	Binding string `json:"binding,omitempty"`
 	// Proof is what it rested on that the disk was blank, when it was formatted.
-	Proof    string     `json:"proof,omitempty"`
-	Ledger   *Past      `json:"ledger,omitempty"`
-	Evidence []Evidence `json:"evidence"` // of the last proof of this life of the agent
-	Steps    []Step     `json:"steps"`    // as Evidence
+	Proof  string `json:"proof,omitempty"`
+	Ledger *Past  `json:"ledger,omitempty"`
+	// Fenced says that the disk went while it was mounted, and is not mounted again.
+	Fenced   bool             `json:"fenced,omitempty"`
+	Health   []node.Condition `json:"health,omitempty"` // what is wrong with it although it is mounted; all are True
+	Evidence []Evidence       `json:"evidence"`         // of the last proof of this life of the agent
+	Steps    []Step           `json:"steps"`            // as Evidence
+	Trim     *TrimState       `json:"trim,omitempty"`   // nil: not known yet
+	// Warnings are what is to be known although the disk is mounted and well.
+	Warnings []Warning `json:"warnings,omitempty"`
 }
 
 // Past is what the ledger says was done to a disk.
@@ -48,6 +58,13 @@ const (
 	Unknown = "Unknown" // it was not looked at yet
 )
 
+// Reasons that more than one place knows.
+const (
+	Proving = "Proving" // every block of it is read
+	Hung    = "Hung"    // it is read, and no read returns
+	Gone    = "Gone"    // it was mounted in this boot, and its device is not there any more
+)
+
 // account is what is told of a disk, from memory, whatever is done to it meanwhile.
 type account struct {
 	mu       sync.Mutex // guards the rest
@@ -55,6 +72,10 @@ type account struct {
 	all      []Evidence
 	steps    []Step
 	progress *proof // nil: no disk is being read
+	health   Health
+	growth   *Warning // of growing; nil: none
+	upkeep   upkeep
+	moved    chan struct{} // closed when the state, the device or its size is another; nil: nobody waits
 }
 
 // begin enters a step, in place of one of the same name, and returns what ends it.
@@ -89,13 +110,46 @@ func (a *account) add(e Evidence) {
 }
 
 // stand enters how the disk was found to stand.
-func (a *account) stand(s State, reading *proof) {
+func (a *account) stand(s State, reading *proof) (news bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	news = (a.last.State == Mounted) != (s.State == Mounted) || a.last.Fenced != s.Fenced
 	if s.Since = time.Now(); a.last.State == s.State {
 		s.Since = a.last.Since
 	}
+	if l := a.last; a.moved != nil && (l.State != s.State || l.Device != s.Device || l.DiskID != s.DiskID || l.SizeBytes != s.SizeBytes) {
+		close(a.moved)
+		a.moved = nil
+	}
 	a.last, a.progress = s, reading
+	return news
+}
+
+// healthy enters the disk's health and returns what it was.
+func (a *account) healthy(h Health) (before Health) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	before, a.health = a.health, h.since(a.health, time.Now())
+	return before
+}
+
+// Standing is what others have to know of a disk.
+type Standing struct {
+	Mounted bool
+	Fenced  string // why the node must not be given work: the disk is gone; empty: it may
+	Health  Health // nil: nothing is known
+}
+
+// Standing returns how the disk stands, from memory.
+func (d *Disk) Standing() Standing {
+	a := &d.account
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := Standing{Mounted: a.last.State == Mounted, Health: a.health}
+	if a.last.Fenced {
+		s.Fenced = a.last.DiskID + " on " + d.want.MountPoint + " is gone"
+	}
+	return s
 }
 
 // State returns how the disk stands, from memory.
@@ -109,10 +163,20 @@ func (d *Disk) State() State {
 		s.State, s.DiskID, s.FileSystem = Unknown, d.want.DiskID, d.want.FileSystem
 	}
 	if a.progress != nil {
-		s.Message = a.progress.progress(s.Now)
+		var hung bool
+		if s.Message, hung = a.progress.progress(s.Now); hung {
+			s.State = Hung
+		}
 	}
 	s.Evidence = append([]Evidence{}, a.all...)
 	s.Steps = append([]Step{}, a.steps...)
+	if a.growth != nil && s.State == Mounted {
+		s.Warnings = append(s.Warnings, *a.growth)
+	}
+	a.upkeep.tell(&s)
+	if !s.Fenced { // which its state says
+		s.Health = a.health.bad()
+	}
 	return s
 }
 
@@ -122,16 +186,30 @@ func (d *Disk) stands(have observed, steps []step, err error) {
 	if dev, err := bind(d.want, have); err == nil {
 		s.DiskID, s.Device, s.SizeBytes = dev.Serial, "/dev/"+dev.Name, dev.SizeBytes
 	}
+	if b := have.Binding; b != nil && s.DiskID == "" {
+		s.DiskID = b.DiskID
+	}
+	s.BoundBy, s.Binding = d.boundBy(have, s.DiskID)
 	if past, ok := have.Ledger[s.DiskID]; ok {
 		s.FileSystem, s.UUID, s.Proof, s.Ledger = past.FileSystem, past.UUID, past.Proof, &Past{past.State, past.At}
 	}
 	switch {
 	case err != nil:
 		s.State, s.Message = node.ReasonOf(err, "Error"), err.Error()
+	case have.Growing != "":
+		s.State, s.Message = Mounted, have.Growing
+	case len(steps) > 0 && steps[0].verb == grow:
+		s.State, s.Message = Mounted, steps[0].text
 	case len(steps) > 0:
 		s.State, s.Message = Planned, steps[0].text
 	default:
 		s.State = Mounted
 	}
-	d.account.stand(s, d.proof)
+	s.Fenced = have.Was != nil && (have.Lost != "" || !have.Was.Gone.IsZero())
+	if s.Fenced && s.DiskID == "" {
+		s.DiskID = have.Was.DiskID
+	}
+	if d.account.stand(s, d.proof) {
+		d.tell()
+	}
 }

@@ -16,18 +16,22 @@ const (
 // bootstrap decodes it strictly, fills in defaults, validates and seals it; the
 // agent only reads the sealed form.
 type Config struct {
-	APIVersion string           `json:"apiVersion" yaml:"apiVersion"`
-	Kind       string           `json:"kind" yaml:"kind"`
-	Cluster    ClusterConfig    `json:"cluster" yaml:"cluster"`
-	Node       NodeSpec         `json:"node" yaml:"node"`
-	Network    NetworkConfig    `json:"network" yaml:"network"`
-	Disks      []DiskConfig     `json:"disks" yaml:"disks"`
-	Kubelet    KubeletConfig    `json:"kubelet" yaml:"kubelet"`
-	Containerd ContainerdConfig `json:"containerd" yaml:"containerd"`
-	KubeProxy  KubeProxyConfig  `json:"kubeProxy,omitzero" yaml:"kubeProxy"`
-	CoreDNS    CoreDNSConfig    `json:"coreDNS,omitzero" yaml:"coreDNS"`
-	Metrics    MetricsConfig    `json:"metrics" yaml:"metrics"`
-	Cloud      CloudConfig      `json:"cloud" yaml:"cloud"`
+	APIVersion string        `json:"apiVersion" yaml:"apiVersion"`
+	Kind       string        `json:"kind" yaml:"kind"`
+	Cluster    ClusterConfig `json:"cluster" yaml:"cluster"`
+	Node       NodeSpec      `json:"node" yaml:"node"`
+	Network    NetworkConfig `json:"network" yaml:"network"`
+	Disks      []DiskConfig  `json:"disks" yaml:"disks"`
+	DataDisks  []TKEDataDisk `json:"-" yaml:"dataDisks"` // TKE's way to write Disks, to which they are added
+	// MountTarget is where the only data disk is mounted, as TKE's
+	// InstanceAdvancedSettings has it: one entry of Disks in short.
+	MountTarget string           `json:"-" yaml:"mountTarget"`
+	Kubelet     KubeletConfig    `json:"kubelet" yaml:"kubelet"`
+	Containerd  ContainerdConfig `json:"containerd" yaml:"containerd"`
+	KubeProxy   KubeProxyConfig  `json:"kubeProxy,omitzero" yaml:"kubeProxy"`
+	CoreDNS     CoreDNSConfig    `json:"coreDNS,omitzero" yaml:"coreDNS"`
+	Metrics     MetricsConfig    `json:"metrics" yaml:"metrics"`
+	Cloud       CloudConfig      `json:"cloud" yaml:"cloud"`
 }
 
 // ClusterConfig says which cluster the node joins, and how it is trusted.
@@ -153,6 +157,7 @@ type FileSystem string
 const (
 	Ext4 FileSystem = "ext4"
 	XFS  FileSystem = "xfs"
+	Ext3 FileSystem = "ext3" // mounted where it is found, and never made
 )
 
 // WhenNotBlank says what becomes of a disk that holds a file system which tkenode
@@ -162,17 +167,43 @@ type WhenNotBlank string
 // What may become of it. Whatever holds anything else is refused.
 const (
 	RefuseFound WhenNotBlank = "refuse" // it is left alone, and the node waits for an operator; the default
-	MountFound  WhenNotBlank = "mount"  // exactly one file system, ext4 or xfs, is mounted as it is, as TKE does
+	MountFound  WhenNotBlank = "mount"  // exactly one file system, ext3, ext4 or xfs, is mounted as it is, as TKE does
 )
 
 // DiskConfig binds one CBS data disk to a directory.
 type DiskConfig struct {
-	DiskID     string     `json:"diskID,omitempty" yaml:"diskID"` // disk-xxxxxxxx, the disk's live serial; empty: the only data disk of the instance
-	FileSystem FileSystem `json:"fileSystem" yaml:"fileSystem"`   // default ext4
-	MountPoint string     `json:"mountPoint" yaml:"mountPoint"`   // absolute
+	DiskID string `json:"diskID,omitempty" yaml:"diskID"` // disk-xxxxxxxx, the disk's live serial; empty: the only data disk of the instance
+	// Selector finds the disk where DiskID is empty, once. What it has found is kept.
+	Selector DiskSelector `json:"selector,omitzero" yaml:"selector"`
+	// Attach says that the agent attaches the disk, which DiskID names, and detaches
+	// it again once a later generation no longer lists it.
+	Attach     bool       `json:"attach,omitempty" yaml:"attach"`
+	FileSystem FileSystem `json:"fileSystem" yaml:"fileSystem"` // default ext4
+	MountPoint string     `json:"mountPoint" yaml:"mountPoint"` // absolute
 	// WhenNotBlank says whether a file system that tkenode did not make is mounted. A
 	// disk is formatted only if it is proven blank, whatever this says.
 	WhenNotBlank WhenNotBlank `json:"whenNotBlank,omitempty" yaml:"whenNotBlank"`
+}
+
+// DiskSelector says which of the instance's data disks is meant, by what the cloud
+// says of them. At least one of its fields is set.
+type DiskSelector struct {
+	Type    string `json:"type,omitempty" yaml:"type"`       // CLOUD_PREMIUM
+	SizeGiB int    `json:"sizeGiB,omitempty" yaml:"sizeGiB"` // that the cloud says
+	// Order is the place among the disks of this type and size, counted from 1 in the
+	// order in which cvm DescribeInstances lists them. 0: there is only one.
+	Order int `json:"order,omitempty" yaml:"order"`
+}
+
+// TKEDataDisk is a data disk as TKE's API writes it. A nodepool's can be copied.
+// Source: tencentcloud-sdk-go tke/v20180525, DataDisk
+type TKEDataDisk struct {
+	DiskType           string     `json:"DiskType" yaml:"DiskType"`
+	FileSystem         FileSystem `json:"FileSystem" yaml:"FileSystem"`
+	DiskSize           int        `json:"DiskSize" yaml:"DiskSize"` // GiB
+	AutoFormatAndMount bool       `json:"AutoFormatAndMount" yaml:"AutoFormatAndMount"`
+	MountTarget        string     `json:"MountTarget" yaml:"MountTarget"`
+	DiskPartition      string     `json:"DiskPartition" yaml:"DiskPartition"` // refused: the name of a device
 }
 
 // KubeletConfig overrides settings of kubelet.

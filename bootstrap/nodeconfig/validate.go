@@ -2,6 +2,7 @@ package nodeconfig
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
@@ -23,7 +24,11 @@ type validator struct {
 	skip     func(field string) bool // a problem of it is known already
 	present  map[string]int          // the fields that the document says
 	problems Problems
+	places   []place // of mount points, so far
 }
+
+// place is a mount point, and the field that names it.
+type place struct{ field, dir string }
 
 func (v *validator) problem(field, format string, args ...any) {
 	if !v.skip(field) {
@@ -46,7 +51,8 @@ func (v *validator) config(c *node.Config) {
 	}
 	v.node(&c.Node)
 	v.network(&c.Network)
-	v.disks(c.Disks)
+	v.disks(c.Disks, len(c.Disks)+len(c.DataDisks) == 1)
+	v.dataDisks(c)
 	v.kubelet(&c.Kubelet)
 	v.registries(c.Containerd.Registries)
 	v.services(c)
@@ -289,31 +295,31 @@ var (
 	}
 )
 
-func (v *validator) disks(disks []node.DiskConfig) {
+func (v *validator) disks(disks []node.DiskConfig, alone bool) {
 	for i, d := range disks {
 		at := index("disks", i)
-		switch {
-		case d.DiskID != "":
-			v.id(at+".diskID", "disk", d.DiskID)
-			if j := slices.IndexFunc(disks, func(o node.DiskConfig) bool { return o.DiskID == d.DiskID }); j < i {
-				v.problem(at+".diskID", "%s is %s already", quote(d.DiskID), index("disks", j))
-			}
-		case len(disks) > 1:
-			v.problem(at+".diskID", "missing; with more than one disk each needs its id")
+		v.identity(at, d, alone)
+		if j := slices.IndexFunc(disks, func(o node.DiskConfig) bool { return o.DiskID == d.DiskID }); d.DiskID != "" && j < i {
+			v.problem(at+".diskID", "%s is %s already", quote(d.DiskID), index("disks", j))
 		}
-		if d.FileSystem != node.Ext4 && d.FileSystem != node.XFS {
-			v.problem(at+".fileSystem", "found %s, expected ext4 or xfs", quote(string(d.FileSystem)))
+		switch fs := d.FileSystem; {
+		case fs == node.Ext3 && d.WhenNotBlank != node.MountFound:
+			v.problem(at+".fileSystem", "ext3 is only mounted where it is found, which takes whenNotBlank: mount; to have the disk formatted write ext4 or xfs")
+		case fs != node.Ext3 && fs != node.Ext4 && fs != node.XFS:
+			v.problem(at+".fileSystem", "found %s, expected ext4 or xfs", quote(string(fs)))
 		}
 		if d.WhenNotBlank != node.RefuseFound && d.WhenNotBlank != node.MountFound {
 			v.problem(at+".whenNotBlank", "found %s, expected refuse or mount: what holds data is never formatted", quote(string(d.WhenNotBlank)))
 		}
 		if v.need(at+".mountPoint", d.MountPoint, "write the directory to mount it on, such as /var/lib/containerd") {
-			v.mountPoint(at+".mountPoint", d.MountPoint, disks[:i])
+			v.mountPoint(at+".mountPoint", d.MountPoint)
 		}
 	}
 }
 
-func (v *validator) mountPoint(field, dir string, before []node.DiskConfig) {
+func (v *validator) mountPoint(field, dir string) {
+	before := v.places
+	v.places = append(v.places, place{field, dir})
 	switch {
 	case !path.IsAbs(dir):
 		v.problem(field, "found %s, expected an absolute path", quote(dir))
@@ -327,9 +333,9 @@ func (v *validator) mountPoint(field, dir string, before []node.DiskConfig) {
 	case slices.Contains(systemDirs, dir) || slices.ContainsFunc(systemTrees, func(t string) bool { return within(dir, t) }):
 		v.problem(field, "found %s, which the system itself uses; mount the disk elsewhere, such as on /var/lib/containerd or /data", quote(dir))
 	}
-	for j, o := range before {
-		if within(dir, o.MountPoint) || within(o.MountPoint, dir) {
-			v.problem(field, "%s and %s's %s are the same, or one is inside of the other; keep them apart", quote(dir), index("disks", j), quote(o.MountPoint))
+	for _, o := range before {
+		if within(dir, o.dir) || within(o.dir, dir) {
+			v.problem(field, "%s and %s's %s are the same, or one is inside of the other; keep them apart", quote(dir), cmp.Or(parent(o.field), o.field), quote(o.dir))
 		}
 	}
 }
