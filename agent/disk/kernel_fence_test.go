@@ -275,6 +275,17 @@ func TestKernelHelperHangs(t *testing.T) {
 	if _, err := b.send(t.Context(), errand{Act: "probe"}, time.Second); !errors.Is(err, errOut) {
 		t.Errorf("a second helper: %v", err)
 	}
+	// A disk that is only slow is not said to hang.
+	b.converge(t)
+	for out, want := range map[time.Duration]node.Status{time.Hour: node.True, 5 * time.Second: node.False} {
+		mounted := &probeResult{Serial: serial}
+		b.tended.found(mounted)
+		b.helper.began = time.Now().Add(-out)
+		b.probeNow(t)
+		if c := b.Standing().Health.of(node.IOError); c.Status != want {
+			t.Errorf("a helper has been out for %s: %+v", out, c)
+		}
+	}
 	close(b.helper.ended)
 	b.self = "/proc/self/exe"
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)

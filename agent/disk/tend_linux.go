@@ -196,7 +196,9 @@ func (d *Disk) sendProbe(ctx context.Context, v vitals) {
 		p.Hangs = hangs.step
 		p.Late = probeDeadline
 	case errors.Is(err, errOut):
-		p.Hangs, p.Late = d.hanging()
+		if p.Hangs, p.Late = d.hanging(); p.Late < probeDeadline {
+			return // it may only be slow; the next look tells
+		}
 	case err != nil:
 		d.log.Warn("the disk is not probed", "mountPoint", v.MountPoint, "err", err)
 		return
