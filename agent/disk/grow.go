@@ -50,8 +50,16 @@ func (g *growing) String() string {
 
 // grown returns what has to be done for the mounted file system to fill its device.
 func grown(dev device, m mount, have observed) []step {
-	if have.FSBytes == 0 || have.Growing != "" || have.NotGrown == dev.SizeBytes || dev.SizeBytes-have.FSBytes < blockGroup {
+	if have.FSBytes == 0 || have.Growing != "" || have.NotGrown == dev.SizeBytes {
 		return nil
+	}
+	if dev.SizeBytes-have.FSBytes < blockGroup {
+		// A growth that was killed may have ended with the copies of xfs' superblock as
+		// they were, and xfs_repair believes the majority of them.
+		if past, ok := have.Ledger[dev.Serial]; !ok || past.SizeBytes >= have.FSBytes || m.FSType != string(node.XFS) {
+			return nil
+		}
+		return []step{{verb: grow, text: fmt.Sprintf("write the copies of the superblock of %s on %s anew, which has been grown to %s", m.FSType, dev.Serial, Size(have.FSBytes))}}
 	}
 	return []step{{verb: grow, text: fmt.Sprintf("grow %s on %s from %s to %s", m.FSType, dev.Serial, Size(have.FSBytes), Size(dev.SizeBytes))}}
 }

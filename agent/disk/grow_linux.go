@@ -59,10 +59,11 @@ func ext4Size(super []byte) (int64, bool) {
 // xfsGeometry is struct xfs_fsop_geom_v4, which every kernel knows.
 // Source: linux fs/xfs/libxfs/xfs_fs.h
 type xfsGeometry struct {
-	blockSize uint32
-	_         [7]uint32
-	blocks    uint64
-	_         [72]byte
+	blockSize     uint32
+	_             [6]uint32
+	maxInodeShare uint32
+	blocks        uint64
+	_             [72]byte
 }
 
 const xfsFSGeometryV4 = 2<<30 | unsafe.Sizeof(xfsGeometry{})<<16 | 'X'<<8 | 124 // _IOR('X', 124, …)
@@ -73,11 +74,41 @@ func xfsSize(target string, dev device) (int64, error) {
 		return 0, err
 	}
 	defer f.Close()
-	var g xfsGeometry
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), xfsFSGeometryV4, uintptr(unsafe.Pointer(&g))); errno != 0 {
-		return 0, fmt.Errorf("ask xfs on %s for its size: %w", target, errno)
+	g, err := geometry(f)
+	return int64(g.blocks) * int64(g.blockSize), err
+}
+
+// geometry asks xfs for its geometry, by its root directory.
+func geometry(root *os.File) (g xfsGeometry, err error) {
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, root.Fd(), xfsFSGeometryV4, uintptr(unsafe.Pointer(&g))); errno != 0 {
+		err = fmt.Errorf("ask xfs on %s for its size: %w", root.Name(), errno)
 	}
-	return int64(g.blocks) * int64(g.blockSize), nil
+	return g, err
+}
+
+// xfsGrowth is struct xfs_growfs_data.
+// Source: linux fs/xfs/libxfs/xfs_fs.h
+type xfsGrowth struct {
+	blocks        uint64
+	maxInodeShare uint32
+	_             uint32
+}
+
+const xfsFSGrowData = 1<<30 | unsafe.Sizeof(xfsGrowth{})<<16 | 'X'<<8 | 110 // _IOW('X', 110, …)
+
+// writeCopies has xfs write the copies of its superblock: asked to grow to the size
+// that it has, that is all it does. xfs_growfs would not ask.
+// Source: linux fs/xfs/xfs_fsops.c, xfs_growfs_data
+func writeCopies(root *os.File) error {
+	g, err := geometry(root)
+	if err != nil {
+		return err
+	}
+	same := xfsGrowth{blocks: g.blocks, maxInodeShare: g.maxInodeShare}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, root.Fd(), xfsFSGrowData, uintptr(unsafe.Pointer(&same))); errno != 0 {
+		return fmt.Errorf("write copies of the superblock of xfs on %s: %w", root.Name(), errno)
+	}
+	return nil
 }
 
 // openMount opens the mount point and makes sure that dev is mounted there. While
@@ -114,6 +145,9 @@ func (d *Disk) growNow(ctx context.Context, g *growing, pin *os.File) error {
 		return err
 	}
 	defer target.Close()
+	if g.dev.SizeBytes-g.from < blockGroup {
+		return writeCopies(target)
+	}
 	args := []string{"resize2fs", "/proc/self/fd/3"}
 	if g.m.FSType == string(node.XFS) {
 		args = []string{"xfs_growfs", "-d", g.m.Target}
