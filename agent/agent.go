@@ -41,8 +41,6 @@ const (
 	imagesDir = "/usr/lib/tkenode/images" // what the node image carries
 	seedFile  = "/usr/lib/tkenode/seed.tar"
 	runDir    = "/run/tkenode/disk" // what is known of disks in this boot
-	// kubeletCert is kubelet's own client certificate, which it rotates.
-	kubeletCert = "/var/lib/kubelet/pki/kubelet-client-current.pem"
 )
 
 // Agent is the daemon between New and the end of Run.
@@ -169,7 +167,7 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reach cloud API: %w", err)
 	}
-	apiServer, err := kube.New(s.Config.Cluster.Endpoint, []byte(s.Config.Cluster.CertificateAuthority), kubeletCert)
+	apiServer, err := kube.New(s.Config.Cluster.Endpoint, []byte(s.Config.Cluster.CertificateAuthority), node.ClientCertPath)
 	if err != nil {
 		return nil, fmt.Errorf("reach API server: %w", err)
 	}

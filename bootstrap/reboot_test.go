@@ -135,15 +135,23 @@ func TestImageOfAnother(t *testing.T) {
 				s.put(node.SealedPath, strings.Replace(string(b), `"digest": "`, damage, 1))
 			}
 			s.put("/var/lib/tkenode/eni/journal.json", "{}")
+			s.put(node.KubeletRoot+"/cpu_manager_state", "{}")
+			mountPoint := filepath.Join(s.root, "/var/lib/tkenode/disk") // whatever is empty stays
+			if err := os.MkdirAll(mountPoint, 0o755); err != nil {
+				t.Fatal(err)
+			}
 			s.facts.InstanceID = "ins-lab00002"
 			if err := s.boot(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			tree := s.tree()
-			for _, want := range []string{"/var/lib/tkenode/eni.ins-lab00001/journal.json", "/var/lib/kubelet.ins-lab00001/pki/", "/var/lib/tkenode/config.ins-lab00001/1.json"} {
+			for _, want := range []string{"/var/lib/tkenode/eni.ins-lab00001/journal.json", "/var/lib/tkenode/pki.ins-lab00001/", "/var/lib/kubelet.ins-lab00001/cpu_manager_state", "/var/lib/tkenode/config.ins-lab00001/1.json"} {
 				if !strings.Contains(tree, want) {
 					t.Errorf("%s is not in\n%s", want, tree)
 				}
+			}
+			if _, err := os.Stat(mountPoint); err != nil {
+				t.Error(err)
 			}
 		})
 	}

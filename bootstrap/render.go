@@ -130,8 +130,8 @@ func upstream(host string) string {
 }
 
 type kubeletFlags struct {
-	Config, Kubeconfig, Name, IP, Labels string
-	OwnDisks                             []string // mount points in kubelet's directory
+	Config, Kubeconfig, Certificates, Name, IP, Labels string
+	OwnDisks                                           []string // mount points in kubelet's directory
 }
 
 func kubeletUnit(c node.Config, f node.Facts) kubeletFlags {
@@ -147,7 +147,7 @@ func kubeletUnit(c node.Config, f node.Facts) kubeletFlags {
 			disks = append(disks, d.MountPoint)
 		}
 	}
-	return kubeletFlags{kubeletConfigPath, node.KubeconfigPath, c.Name(f), f.PrivateIP.String(), strings.Join(pairs, ","), disks}
+	return kubeletFlags{kubeletConfigPath, node.KubeconfigPath, node.KubeletPKI, c.Name(f), f.PrivateIP.String(), strings.Join(pairs, ","), disks}
 }
 
 // nodeLabels are those that a cloud controller sets, from the facts: known before

@@ -89,14 +89,16 @@ func (r *run) generationInForce() (int, error) {
 // whoever captured the image may have wanted some of it.
 func (r *run) moveAside(from string) error {
 	for _, dir := range []string{
-		filepath.Dir(node.KubeletPKI), // kubelet's certificate, and checkpoints it would trip over
+		node.KubeletPKI,
+		node.KubeletRoot, // checkpoints that kubelet would trip over
 		"/var/lib/tkenode/eni",
 		"/var/lib/tkenode/disk",
 		node.ConfigDir,
 	} {
 		old := r.path(dir)
 		aside := old + "." + filepath.Base(from)
-		if _, err := os.Lstat(old); errors.Is(err, fs.ErrNotExist) {
+		// What is empty may be the mount point of a disk, which cannot be renamed.
+		if entries, err := os.ReadDir(old); errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
 			continue
 		}
 		if err := os.Rename(old, aside); err != nil {

@@ -378,7 +378,7 @@ func (b badInput) told(t *testing.T, l *Lab, c *CVM) {
 	out := l.mustRun(t, c, `tkenode status; echo "exit $?"; echo ==journal
 		journalctl -b -o cat -u tkenode-bootstrap -u tkenode-agent; echo ==units
 		systemctl show -P ActiveState kubelet containerd tkenode-bootstrap; systemctl show -P NRestarts tkenode-bootstrap; echo ==files
-		ls -A /var/lib/tkenode/config /var/lib/kubelet/pki /etc/kubernetes 2>/dev/null | grep -v : || true`)
+		ls -A /var/lib/tkenode/config /var/lib/tkenode/pki /etc/kubernetes 2>/dev/null | grep -v : || true`)
 	status, rest, _ := strings.Cut(out, "==journal")
 	t.Logf("\n%s", status)
 	journal, rest, _ := strings.Cut(rest, "==units")

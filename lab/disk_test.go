@@ -4,7 +4,6 @@ package lab
 
 import (
 	"fmt"
-	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -35,18 +34,9 @@ func TestNodeDiskLoss(t *testing.T) {
 	if err := l.FromSnapshot(within(t, 8*time.Minute)); err != nil {
 		t.Fatal(err)
 	}
-	v, err := l.NodeConfigValues(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := v.Text()
-	if err != nil {
-		t.Fatal(err)
-	}
-	disks := fmt.Sprintf("disks:\n  - diskID: %s\n    fileSystem: ext4\n    mountPoint: %s\n  - diskID: %s\n    fileSystem: ext4\n    mountPoint: /data\n",
+	disks := fmt.Sprintf("disks:\n  - {diskID: %s, fileSystem: ext4, mountPoint: %s}\n  - {diskID: %s, fileSystem: ext4, mountPoint: /data}\n",
 		runtimeDisk.Disk, node.ContainerdRoot, dataDisk.Disk)
-	text = regexp.MustCompile(`(?m)^disks:\n(  .*\n)+`).ReplaceAllString(text, disks)
-	c, err := l.Launch(t.Context(), LaunchSpec{UserData: []byte(text)})
+	c, err := l.Launch(t.Context(), LaunchSpec{UserData: userData(t, l, labDisks, disks)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -274,7 +264,7 @@ func (n *losses) loseRuntime(t *testing.T) {
 	n.tearOut(t, runtimeDisk)
 	n.cordoned(t, true)
 	n.condition(t, node.IOError, node.True, "DiskGone")
-	n.expect(t, "for i in $(seq 60); do tkenode disks | grep -q Gone && break; sleep 1; done; tkenode disks", runtimeDisk.Disk, "Gone", "kubelet, containerd and the pods are stopped")
+	n.expect(t, `for i in $(seq 120); do out=$(tkenode disks 2>&1); case $out in *"pods are stopped"*) break;; esac; sleep 1; done; echo "$out"`, runtimeDisk.Disk, "Gone", "kubelet, containerd and the pods are stopped")
 	if out := n.sh(t, "systemctl is-active kubelet containerd; grep populated /sys/fs/cgroup/kubepods.slice/cgroup.events; findmnt /var/lib/containerd; true"); strings.Contains(out, "\nactive") || strings.HasPrefix(out, "active") || !strings.Contains(out, "populated 0") || strings.Contains(out, "/dev/") {
 		t.Errorf("after the fence: %s", out)
 	}

@@ -25,24 +25,16 @@ var places = map[string]struct {
 	sizeGiB int
 	fs      string
 }{
-	"/var/lib/containerd": {20, "ext4"}, "/data": {30, "xfs"}, "/logs": {40, "ext4"},
+	"/var/lib/containerd": {20, "ext4"}, "/data": {30, "xfs"}, "/var/lib/kubelet": {40, "ext4"},
 	"/spare/3": {10, "ext4"}, "/spare/16": {10, "ext4"}, "/archive": {12, "ext4"},
 }
 
 // formsConfig is the lab's NodeConfig with TKE's forms in place of its disks.
 func formsConfig(t *testing.T, l *Lab, archive string) []byte {
 	t.Helper()
-	v, err := l.NodeConfigValues(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := v.Text()
-	if err != nil {
-		t.Fatal(err)
-	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "disks:\n  - {diskID: %s, attach: true, mountPoint: /archive}\ndataDisks:\n", archive)
-	for _, dir := range []string{"/logs", "/var/lib/containerd", "/data"} {
+	for _, dir := range []string{"/var/lib/kubelet", "/var/lib/containerd", "/data"} {
 		fmt.Fprintf(&b, "  - {DiskType: CLOUD_PREMIUM, FileSystem: %s, DiskSize: %d, AutoFormatAndMount: true, MountTarget: %s}\n", places[dir].fs, places[dir].sizeGiB, dir)
 	}
 	for i := range spares {
@@ -52,18 +44,14 @@ func formsConfig(t *testing.T, l *Lab, archive string) []byte {
 			b.WriteString("  - {DiskType: CLOUD_PREMIUM, DiskSize: 10, AutoFormatAndMount: false}\n")
 		}
 	}
-	const ours = "disks:\n  - fileSystem: ext4\n    mountPoint: /var/lib/containerd\n"
-	if !strings.Contains(text, ours) {
-		t.Fatalf("the lab's NodeConfig has other disks:\n%s", text)
-	}
-	return []byte(strings.Replace(text, ours, b.String(), 1))
+	return userData(t, l, labDisks, b.String())
 }
 
 // found returns what is mounted at each place: the disk's own serial, its size and
 // its file system's type and UUID.
 func found(t *testing.T, l *Lab, c *CVM) map[string]string {
 	t.Helper()
-	out := l.mustRun(t, c, `for dir in /var/lib/containerd /data /logs /spare/3 /spare/16 /archive; do
+	out := l.mustRun(t, c, `for dir in /var/lib/containerd /data /var/lib/kubelet /spare/3 /spare/16 /archive; do
 		dev=$(findmnt -no SOURCE $dir) || continue
 		echo "$dir $(cat /sys/block/$(basename $dev)/serial) $(( $(cat /sys/block/$(basename $dev)/size) / 2097152 )) $(findmnt -no FSTYPE,UUID $dir | tr -s ' ')"; done`)
 	all := map[string]string{}
@@ -87,7 +75,7 @@ func TestNodeDiskForms(t *testing.T) {
 	}
 	ready(t, l, c, 15*time.Minute)
 	converged(t, l, c)
-	t.Logf("%s", l.mustRun(t, c, "tkenode disks; tkenode explain disk "+archive+"; tkenode explain disk disk/logs || true; cat /var/lib/tkenode/disk/bindings; lsblk -o NAME,SERIAL,SIZE,MOUNTPOINT"))
+	t.Logf("%s", l.mustRun(t, c, "tkenode disks; tkenode explain disk "+archive+"; tkenode explain disk disk/var/lib/kubelet || true; cat /var/lib/tkenode/disk/bindings; lsblk -o NAME,SERIAL,SIZE,MOUNTPOINT"))
 	before := found(t, l, c)
 	for dir, p := range places {
 		if f := strings.Fields(before[dir]); len(f) != 4 || f[1] != fmt.Sprint(p.sizeGiB) || f[2] != p.fs {

@@ -32,18 +32,9 @@ func TestNodeDiskGrow(t *testing.T) {
 	if err := l.FromSnapshot(within(t, 8*time.Minute)); err != nil {
 		t.Fatal(err)
 	}
-	v, err := l.NodeConfigValues(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := v.Text()
-	if err != nil {
-		t.Fatal(err)
-	}
-	one := "  - fileSystem: ext4\n    mountPoint: /var/lib/containerd\n"
-	three := fmt.Sprintf("  - {diskID: %s, fileSystem: ext4, mountPoint: /var/lib/containerd}\n  - {diskID: %s, fileSystem: xfs, mountPoint: /data/xfs}\n"+
+	disks := fmt.Sprintf("disks:\n  - {diskID: %s, fileSystem: ext4, mountPoint: /var/lib/containerd}\n  - {diskID: %s, fileSystem: xfs, mountPoint: /data/xfs}\n"+
 		"  - {diskID: %s, fileSystem: ext4, mountPoint: /data/secret}\n", growRuntime, growData, growSecret)
-	c, err := l.Launch(t.Context(), LaunchSpec{UserData: []byte(strings.Replace(text, one, three, 1)), Disks: []cloud.DiskSpec{
+	c, err := l.Launch(t.Context(), LaunchSpec{UserData: userData(t, l, labDisks, disks), Disks: []cloud.DiskSpec{
 		{ID: growRuntime, SizeGiB: 20}, {ID: growData, SizeGiB: 20}, {ID: growSecret, SizeGiB: 20, Encrypted: true},
 	}})
 	if err != nil {

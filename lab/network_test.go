@@ -64,17 +64,9 @@ func TestNodeNetwork(t *testing.T) {
 		t.Fatal(err)
 	}
 	n := &network{Lab: l, t: t}
-	v, err := l.NodeConfigValues(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := v.Text()
-	if err != nil {
-		t.Fatal(err)
-	}
 	// The second node's pods have addresses of both families.
-	dual := strings.Replace(text, "\nnetwork:\n", "\nnetwork:\n  ipFamilies: [IPv4, IPv6]\n", 1)
-	for i, userData := range [][]byte{nil, []byte(dual)} {
+	dual := userData(t, l, "\nnetwork:\n", "\nnetwork:\n  ipFamilies: [IPv4, IPv6]\n")
+	for i, userData := range [][]byte{nil, dual} {
 		c, err := l.Launch(t.Context(), LaunchSpec{DataDisks: []int{20}, UserData: userData})
 		if err != nil {
 			t.Fatal(err)
@@ -325,11 +317,15 @@ func (n *network) exec(pod string, command ...string) error {
 	return nil
 }
 
-// fetchFrom fetches a page from an address of the lab's.
+// fetchFrom fetches a page from an address of the lab's. A connection that is not there
+// at once is an error: whoever waits dials anew, for a lost SYN is repeated only after a
+// second, and would make every repair look as if it had taken one.
 func (n *network) fetchFrom(from, ip netip.Addr, port int) error {
 	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			ctx, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
+			defer cancel()
 			return n.Net.DialContext(ctx, from, network, addr)
 		},
 	}}

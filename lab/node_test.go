@@ -95,6 +95,19 @@ func within(t *testing.T, d time.Duration) context.Context {
 	return ctx
 }
 
+// userData returns the lab's NodeConfig with one part of it replaced.
+func userData(t *testing.T, l *Lab, part, by string) []byte {
+	t.Helper()
+	v, err := l.NodeConfigValues(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return replace(part, by)(t, l, v)
+}
+
+// labDisks is what stands of disks in the lab's NodeConfig.
+const labDisks = "disks:\n  - fileSystem: ext4\n    mountPoint: /var/lib/containerd\n"
+
 // ready waits until the CVM is a Ready node.
 func ready(t *testing.T, l *Lab, c *CVM, d time.Duration) {
 	t.Helper()
@@ -196,7 +209,7 @@ func TestNodeLifecycle(t *testing.T) {
 			t.Fatal(err)
 		}
 		id, _, _ := strings.Cut(v.Token, ".")
-		out := l.mustRun(t, c, `grep -rlE '"?bootstrapToken"?: *"?[a-z0-9]{6}\.[a-z0-9]{16}' /var/lib/tkenode /run/tkenode /etc/kubernetes /var/lib/kubelet/pki 2>/dev/null; journalctl -b -u tkenode-bootstrap -u tkenode-agent | grep -E '[a-z0-9]{6}\.[a-z0-9]{16}' || true`)
+		out := l.mustRun(t, c, `grep -rlE '"?bootstrapToken"?: *"?[a-z0-9]{6}\.[a-z0-9]{16}' /var/lib/tkenode /run/tkenode /etc/kubernetes 2>/dev/null; journalctl -b -u tkenode-bootstrap -u tkenode-agent | grep -E '[a-z0-9]{6}\.[a-z0-9]{16}' || true`)
 		if out != "" {
 			t.Errorf("a bootstrap token (such as %s.…) stands in:\n%s", id, out)
 		}
@@ -271,7 +284,7 @@ func testMetrics(t *testing.T, l *Lab, c *CVM) {
 // testReboot reboots the machine and wants the same node back.
 func testReboot(t *testing.T, l *Lab, c *CVM) {
 	identity := func() string {
-		return l.mustRun(t, c, `openssl x509 -noout -serial -subject -in /var/lib/kubelet/pki/kubelet-client-current.pem
+		return l.mustRun(t, c, `openssl x509 -noout -serial -subject -in /var/lib/tkenode/pki/kubelet-client-current.pem
 			findmnt -no UUID /var/lib/containerd
 			ip rule show | grep -E '^(512|153[6-9]):'
 			cat /var/lib/tkenode/config/current | sha256sum`)

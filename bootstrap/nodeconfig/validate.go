@@ -282,16 +282,16 @@ func (v *validator) ids(field, prefix string, ids []string, advice string) {
 	}
 }
 
-// Directories that a data disk must not hide. The last three hold what bootstrap
+// Directories that a data disk must not hide. The last two hold what bootstrap
 // and the agent write before disks are mounted.
 var (
 	systemDirs = []string{
 		"/", "/home", "/media", "/mnt", "/opt", "/root", "/srv", "/var", "/var/cache", "/var/lib", "/var/log", "/var/tmp",
-		"/var/lib/kubelet", "/var/lib/systemd", "/var/lib/tkenode",
+		"/var/lib/systemd", "/var/lib/tkenode",
 	}
 	systemTrees = []string{
 		"/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var/run",
-		"/opt/cni", "/var/lib/kubelet/pki", "/var/lib/tkenode",
+		"/opt/cni", "/var/lib/tkenode",
 	}
 )
 

@@ -106,7 +106,7 @@ func (n *diskNode) close() error {
 func (n *diskNode) module(serial string, fs node.FileSystem, first bool) *disk.Disk {
 	return disk.New(disk.Options{
 		Want:   node.DiskConfig{DiskID: serial, FileSystem: fs, MountPoint: n.mountPoint(serial)},
-		Sealed: n.sealed, FirstBoot: first, Cloud: n.api, Ledger: filepath.Join(n.o.Dir, "ledger"), Log: n.log,
+		Sealed: n.sealed, FirstBoot: first, Cloud: n.api, Ledger: filepath.Join(n.o.Dir, "ledger"), Run: filepath.Join(n.o.Dir, "run"), Log: n.log,
 	})
 }
 

@@ -56,6 +56,7 @@ type eniStage struct {
 
 var eniStages = []eniStage{
 	{"ADD and DEL", measurePods},
+	{"growth", measureGrowth},
 	{"round trips", measureTrips},
 	{"an empty pool", measureEmpty},
 }

@@ -145,6 +145,21 @@ func newAttached(facts node.Facts, enis, each int) attached {
 	return c
 }
 
+// startAttached starts the agent's side on a node whose ENIs have so many addresses
+// for pods.
+func (n *eniNode) startAttached(ctx context.Context, addresses int) error {
+	f, err := n.newFabric()
+	if err != nil {
+		return err
+	}
+	const enis = 10
+	api := newAttached(n.facts, enis, addresses/enis+1)
+	if err := f.plugAll(n.facts, api); err != nil {
+		return err
+	}
+	return n.start(ctx, api, api.config())
+}
+
 // config is what the NodeConfig of such a node says: somebody else attaches ENIs.
 func (c attached) config() node.NetworkConfig {
 	return node.NetworkConfig{Allocator: node.AllocatorObserve, NonMasqueradeCIDRs: []netip.Prefix{vpcCIDR}, Layout: node.LayoutMark}

@@ -20,7 +20,6 @@ import (
 
 const (
 	fewPods, manyPods = 60, 500
-	growthPods        = 50 // the first and the last of manyPods
 	burst             = 30
 	bursts            = 5
 	warmup            = 5 // pairs that nobody counts
@@ -205,21 +204,11 @@ func pairOf(turn int, ours, peer func() error) error {
 type podsStage struct {
 	*eniNode
 	ours, peer *side
-	added      []Pair // ADDs of pods that stay
 }
 
 // measurePods measures ADD and DEL while the number of pods grows.
 func measurePods(ctx context.Context, n *eniNode) (err error) {
-	f, err := n.newFabric()
-	if err != nil {
-		return err
-	}
-	const enis = 10
-	api := newAttached(n.facts, enis, (manyPods+2*(n.o.Runs+warmup)+burst*bursts)/enis+1)
-	if err := f.plugAll(n.facts, api); err != nil {
-		return err
-	}
-	if err := n.start(ctx, api, api.config()); err != nil {
+	if err := n.startAttached(ctx, manyPods+2*(n.o.Runs+warmup)+burst*bursts); err != nil {
 		return err
 	}
 	s := podsStage{eniNode: n}
@@ -252,9 +241,6 @@ func measurePods(ctx context.Context, n *eniNode) (err error) {
 	if err := s.cycles(ctx, manyPods, cycling); err != nil {
 		return err
 	}
-	first, last := s.added[:growthPods], s.added[len(s.added)-growthPods:]
-	a, b := compare("", "", "", last), compare("", "", "", first)
-	n.figure(Figure{Name: "eni.add.growth", Unit: "ratio", Ours: round(a.Ours / b.Ours), Peer: round(a.Peer / b.Peer), PeerName: ENIPeer, Runs: growthPods})
 	runtime.KeepAlive(spare)
 	return nil
 }
@@ -271,14 +257,12 @@ func heap() float64 {
 // grow adds a pod to each side, in turns.
 func (s *podsStage) grow(ctx context.Context, spare []*namespace) error {
 	for i := 0; i < len(spare); i += 2 {
-		var p Pair
 		err := pairOf(i/2,
-			func() (err error) { p.Ours, err = s.ours.add(ctx, s.ours.newPod(spare[i])); return },
-			func() (err error) { p.Peer, err = s.peer.add(ctx, s.peer.newPod(spare[i+1])); return })
+			func() error { _, err := s.ours.add(ctx, s.ours.newPod(spare[i])); return err },
+			func() error { _, err := s.peer.add(ctx, s.peer.newPod(spare[i+1])); return err })
 		if err != nil {
 			return err
 		}
-		s.added = append(s.added, p)
 	}
 	return nil
 }

@@ -43,7 +43,7 @@ func TestHandmadeFiles(t *testing.T) {
 		}
 	}
 	for path, want := range map[string]string{
-		"/var/lib/kubelet/pki/kubelet-client-handmade.pem": "pair",
+		"/var/lib/tkenode/pki/kubelet-client-handmade.pem": "pair",
 		"/etc/systemd/system/var-lib-containerd.mount":     "What=/dev/disk/by-uuid/" + diskUUID + "\nWhere=/var/lib/containerd\n",
 		"/etc/systemd/network/15-eth1.network":             "Address=10.0.16.2/20\n",
 		"/etc/cni/net.d/10-handmade.conflist":              `"cniVersion": "1.0.0"`,
@@ -59,7 +59,7 @@ func TestHandmadeFiles(t *testing.T) {
 		}
 	}
 	for at, target := range map[string]string{
-		"/var/lib/kubelet/pki/kubelet-client-current.pem":                "kubelet-client-handmade.pem",
+		"/var/lib/tkenode/pki/kubelet-client-current.pem":                "kubelet-client-handmade.pem",
 		"/etc/systemd/system/multi-user.target.wants/kubelet.service":    "../kubelet.service",
 		"/etc/systemd/system/multi-user.target.wants/containerd.service": "../containerd.service",
 		"/etc/systemd/system/tkenode-agent.service":                      "/dev/null",
@@ -68,7 +68,7 @@ func TestHandmadeFiles(t *testing.T) {
 			t.Errorf("%s leads to %q, want %q", at, have[at].link, target)
 		}
 	}
-	if mode := have["/var/lib/kubelet/pki/kubelet-client-handmade.pem"].mode; mode != 0o600 {
+	if mode := have["/var/lib/tkenode/pki/kubelet-client-handmade.pem"].mode; mode != 0o600 {
 		t.Errorf("the key has mode %v", mode)
 	}
 }
