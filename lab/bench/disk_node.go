@@ -34,6 +34,7 @@ type diskNode struct {
 	api    *tencent.Client
 	sealed node.Sealed // of an instance that came with as many disks as a CVM takes
 	logTo  *os.File
+	boots  int
 }
 
 const blockDir, blockNew = "/run/sys/block", "/run/sys/new"
@@ -102,11 +103,13 @@ func (n *diskNode) close() error {
 }
 
 // module is the agent's module for one disk; first says that the NodeConfig was
-// sealed in this boot, without which the cloud does not vouch for it.
+// sealed in this boot, without which the cloud does not vouch for it. The module is of
+// a boot of its own: a disk that is not there has never been.
 func (n *diskNode) module(serial string, fs node.FileSystem, first bool) *disk.Disk {
+	n.boots++
 	return disk.New(disk.Options{
 		Want:   node.DiskConfig{DiskID: serial, FileSystem: fs, MountPoint: n.mountPoint(serial)},
-		Sealed: n.sealed, FirstBoot: first, Cloud: n.api, Ledger: filepath.Join(n.o.Dir, "ledger"), Run: filepath.Join(n.o.Dir, "run"), Log: n.log,
+		Sealed: n.sealed, FirstBoot: first, Cloud: n.api, Ledger: filepath.Join(n.o.Dir, "ledger"), Run: filepath.Join(n.o.Dir, fmt.Sprint("run-", n.boots)), Log: n.log,
 	})
 }
 
