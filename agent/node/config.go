@@ -165,14 +165,51 @@ const (
 	MountFound  WhenNotBlank = "mount"  // exactly one file system, ext4 or xfs, is mounted as it is, as TKE does
 )
 
-// DiskConfig binds one CBS data disk to a directory.
+// DiskConfig binds one CBS data disk, or several as one, to a directory.
 type DiskConfig struct {
-	DiskID     string     `json:"diskID,omitempty" yaml:"diskID"` // disk-xxxxxxxx, the disk's live serial; empty: the only data disk of the instance
-	FileSystem FileSystem `json:"fileSystem" yaml:"fileSystem"`   // default ext4
-	MountPoint string     `json:"mountPoint" yaml:"mountPoint"`   // absolute
+	DiskID string `json:"diskID,omitempty" yaml:"diskID"` // disk-xxxxxxxx, the disk's live serial; empty: the only data disk of the instance
+	// DiskIDs are the disks of a stripe (RAID 0), 2 to MaxStripe, in this order for
+	// ever. They take the place of DiskID.
+	DiskIDs    []string   `json:"diskIDs,omitempty" yaml:"diskIDs"`
+	FileSystem FileSystem `json:"fileSystem" yaml:"fileSystem"` // default ext4
+	MountPoint string     `json:"mountPoint" yaml:"mountPoint"` // absolute
 	// WhenNotBlank says whether a file system that tkenode did not make is mounted. A
 	// disk is formatted only if it is proven blank, whatever this says.
 	WhenNotBlank WhenNotBlank `json:"whenNotBlank,omitempty" yaml:"whenNotBlank"`
+	// Encryption, if it is there, puts LUKS2 under the file system.
+	Encryption *DiskEncryption `json:"encryption,omitempty" yaml:"encryption"`
+}
+
+// MaxStripe is how many disks a stripe has at most: as many as a CVM.
+// Source: https://cloud.tencent.com/document/product/362/5145
+const MaxStripe = 20
+
+// DiskEncryption says where the key of an encrypted disk comes from: exactly one of
+// the two is set.
+type DiskEncryption struct {
+	// KeyFile holds the key, 32 to 512 random bytes, all of them counted. It has to
+	// belong to root and be closed to others.
+	KeyFile string  `json:"keyFile,omitempty" yaml:"keyFile"`
+	KeyFrom KeyFrom `json:"keyFrom,omitempty" yaml:"keyFrom"`
+}
+
+// KeyFrom says what the key of an encrypted disk is derived from.
+type KeyFrom string
+
+// KeyFromInstance is the instance id and a random value that is made once and kept
+// on the system disk. It protects a disk that leaves the instance, not one that is
+// in it, and is lost with the system disk.
+const KeyFromInstance KeyFrom = "instance"
+
+// Layered reports whether anything stands between the disk and its file system.
+func (d DiskConfig) Layered() bool { return len(d.DiskIDs) > 0 || d.Encryption != nil }
+
+// IDs returns the ids of the disks; none where the only one of the instance is meant.
+func (d DiskConfig) IDs() []string {
+	if d.DiskID != "" {
+		return []string{d.DiskID}
+	}
+	return d.DiskIDs
 }
 
 // KubeletConfig overrides settings of kubelet.

@@ -292,15 +292,11 @@ var (
 func (v *validator) disks(disks []node.DiskConfig) {
 	for i, d := range disks {
 		at := index("disks", i)
-		switch {
-		case d.DiskID != "":
-			v.id(at+".diskID", "disk", d.DiskID)
-			if j := slices.IndexFunc(disks, func(o node.DiskConfig) bool { return o.DiskID == d.DiskID }); j < i {
-				v.problem(at+".diskID", "%s is %s already", quote(d.DiskID), index("disks", j))
-			}
-		case len(disks) > 1:
+		if len(d.IDs()) == 0 && len(disks) > 1 {
 			v.problem(at+".diskID", "missing; with more than one disk each needs its id")
 		}
+		v.diskIDs(at, d, disks[:i])
+		v.encryption(at+".encryption", d)
 		if d.FileSystem != node.Ext4 && d.FileSystem != node.XFS {
 			v.problem(at+".fileSystem", "found %s, expected ext4 or xfs", quote(string(d.FileSystem)))
 		}
