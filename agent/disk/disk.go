@@ -10,6 +10,10 @@
 // started before, or every block of it is read. docs/disk.md says which evidence is
 // accepted, and why. Only an operator can have a disk formatted that is not blank.
 //
+// Between the disks and a file system there may be an array of several of them and an
+// encrypted mapping (stack.go). They are made under the same proofs, and are raised only
+// when every disk is there and holds what the ledger, or a mark of ours, says.
+//
 // The package does not partition, resize, check or unmount, and it leaves the
 // disks of the CSI driver alone. A disk that it may not touch is described, with
 // the evidence, and left for a human.
@@ -46,6 +50,11 @@ type Disk struct {
 	mu      sync.Mutex
 	proof   *proof // nil: no disk is being read
 	suspect suspect
+	// parts are the disks of a stripe, each with its own proof. A part is nothing but
+	// that, and used under its Disk's mu; held is its claim once it is proven.
+	parts map[string]*Disk
+	held  *held
+	wrong wrongKey // the last one
 }
 
 // Options say which disk is kept, and by what.
@@ -60,7 +69,16 @@ type Options struct {
 
 // New returns the module for one disk.
 func New(o Options) *Disk {
-	return &Disk{want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", ledger: ledger(o.Ledger), log: o.Log, patience: readPatience}
+	d := &Disk{want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", ledger: ledger(o.Ledger), log: o.Log, patience: readPatience}
+	for _, id := range o.Want.DiskIDs {
+		if d.parts == nil {
+			d.parts = map[string]*Disk{}
+		}
+		part := o
+		part.Want = node.DiskConfig{DiskID: id, MountPoint: o.Want.MountPoint}
+		d.parts[id] = New(part)
+	}
+	return d
 }
 
 // Close gives up what is read, unless something that hangs holds the disk.
@@ -71,12 +89,13 @@ func (d *Disk) Close() {
 	}
 }
 
-// Name returns "disk/<disk id>", or "disk/data" for the only data disk.
+// Name returns "disk/<disk id>", for a stripe its first disk's, or "disk/data" for
+// the only data disk.
 func (d *Disk) Name() string {
-	if d.want.DiskID == "" {
-		return "disk/data"
+	if ids := d.want.IDs(); len(ids) > 0 {
+		return "disk/" + ids[0]
 	}
-	return "disk/" + d.want.DiskID
+	return "disk/data"
 }
 
 // Condition returns the condition that the disk serves.
@@ -119,11 +138,11 @@ func (d *Disk) Apply(ctx context.Context, p node.Plan) error {
 // do carries one step out if it is still what is to be done first. The caller
 // holds mu.
 func (d *Disk) do(ctx context.Context, v verb) error {
-	have, err := d.observe(ctx, v != format)
+	have, err := d.observe(ctx, v != format || d.want.Layered())
 	if err != nil {
 		return err
 	}
-	if v == format {
+	if v == format && !d.want.Layered() {
 		have.Content.Blank = true // prove finds out
 	}
 	steps, err := decide(d.want, have)
@@ -133,23 +152,33 @@ func (d *Disk) do(ctx context.Context, v verb) error {
 	if len(steps) == 0 || steps[0].verb != v {
 		return nil // somebody was faster; the next plan tells
 	}
-	dev, err := bind(d.want, have)
+	at, err := raise(d.want, have)
 	if err != nil {
 		return err
 	}
-	switch v {
+	switch dev := at.dev(); v {
 	case format:
-		return d.format(ctx, dev, have)
+		return d.format(ctx, at, have)
 	case adopt:
 		if c := have.Decision; c != nil && c.is(actAdopt, dev) {
 			if err := d.ledger.use(c); err != nil {
 				return err
 			}
 		}
-		return d.ledger.write(entry{
-			DiskID: dev.Serial, MountPoint: d.want.MountPoint, State: stateFormatted,
-			FileSystem: node.FileSystem(have.Content.Signatures[0]), UUID: have.Content.UUID, SizeBytes: dev.SizeBytes,
-		})
+		e := at.entry(d.want, have)
+		e.State, e.FileSystem, e.UUID = stateFormatted, node.FileSystem(have.Content.Signatures[0]), have.Content.UUID
+		return d.ledger.write(e)
+	case stop:
+		if at.stale != nil && at.stale.Kind == array {
+			return d.setArray(at.stale.Name, "array_state", "clear")
+		}
+		return d.closeCrypt(ctx, dev)
+	case assemble:
+		defer d.account.begin("assemble")()
+		return d.assemble(ctx, at, have)
+	case unlock:
+		defer d.account.begin("open")()
+		return d.unlock(ctx, at)
 	default:
 		defer d.account.begin("mount")()
 		return d.mount(dev, have.Content.Signatures[0])

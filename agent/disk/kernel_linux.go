@@ -40,30 +40,73 @@ func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
 	if have.Swaps, err = swaps(); err != nil {
 		return have, err
 	}
-	dev, err := bind(d.want, have)
+	if d.want.Layered() {
+		if have.Layers, err = readLayers(d.sys); err != nil {
+			return have, err
+		}
+	}
+	at, err := raise(d.want, have)
 	_, mounted := have.at(d.want.MountPoint)
-	if err != nil || mounted || have.ledgerErr != nil || unused(dev, have) != nil {
+	if err != nil || mounted || have.ledgerErr != nil || at.unused(have) != nil {
 		d.drop()         // whatever is read, it is not to be formatted
 		return have, nil // decide says why again
 	}
-	if d.proof != nil && !d.proof.dev.is(dev) {
+	return have, d.contents(ctx, at, content, &have)
+}
+
+// contents reads what the devices hold that a stack stands on.
+func (d *Disk) contents(ctx context.Context, at place, look bool, have *observed) (err error) {
+	if d.want.Encryption != nil {
+		have.Key = d.keyState(at.disks[0].Serial)
+	}
+	if len(d.parts) > 0 {
+		have.Members, have.Decisions = map[string]content{}, map[string]*decision{}
+		for _, dev := range at.disks {
+			part := d.parts[dev.Serial]
+			part.sys, part.patience = d.sys, d.patience
+			if at.next() == array {
+				have.Decisions[dev.Serial] = d.ledger.decision(dev.Serial)
+			} else {
+				part.drop()
+			}
+			if have.Members[dev.Serial], err = part.content(ctx, dev, look); err != nil {
+				return err
+			}
+		}
+	}
+	if at.next() == array || at.stale != nil {
+		return nil
+	}
+	have.Decision = d.ledger.decision(at.dev().Serial)
+	if n := len(at.up); n > 0 && at.up[n-1].Kind == crypt && have.Ledger[at.dev().Serial].State == stateFormatting && look {
+		if have.Beneath, err = d.look(ctx, at.dev().under[0]); err != nil {
+			return err
+		}
+	}
+	have.Content, err = d.content(ctx, at.dev(), look)
+	return err
+}
+
+// content returns what a device holds, as far as is known while it is being proven
+// blank.
+func (d *Disk) content(ctx context.Context, dev device, look bool) (content, error) {
+	if d.proof != nil && !d.proof.dev.is(dev) || d.held != nil && !d.held.claim.dev.is(dev) {
 		d.drop()
 	}
-	have.Decision = d.ledger.decision(dev.Serial)
-	if !content {
-		return have, nil
-	}
-	if p := d.proof; p != nil && !p.ended() {
-		have.Content.Proving = p.progress(time.Now())
-		return have, nil
-	} else if p != nil && p.found.Blank {
-		have.Content.Blank = true
-		return have, nil
-	} else if p != nil {
+	p := d.proof
+	switch {
+	case !look:
+		return content{}, nil
+	case d.held != nil:
+		return content{Blank: true}, nil
+	case p != nil && !p.ended():
+		return content{Proving: p.progress(time.Now())}, nil
+	case p != nil && p.found.Blank:
+		return content{Blank: true}, nil
+	case p != nil:
 		d.conclude(ctx) // which notes what was found, and where to look for it again
 	}
-	have.Content, err = d.look(ctx, dev)
-	return have, err
+	return d.look(ctx, dev)
 }
 
 // link returns where path leads if a part of it is a symbolic link, else nothing.
@@ -148,6 +191,9 @@ func (d *Disk) open(dev device, flags int) (*os.File, error) {
 
 // same asks the device itself once more who it is.
 func (d *Disk) same(dev device) error {
+	if len(dev.under) > 0 {
+		return d.sameLayer(dev)
+	}
 	now, err := readDevice(d.sys, dev.Name)
 	if err != nil {
 		return err
@@ -243,8 +289,16 @@ func readDevice(sys, name string) (device, error) {
 		return d, fmt.Errorf("read serial of %s: %w", name, err)
 	}
 	d.Serial = serial
+	if err := d.readAttributes(dir); err != nil {
+		return d, err
+	}
+	return d, d.readUsers(dir)
+}
+
+// readAttributes reads what every block device has.
+func (d *device) readAttributes(dir string) (err error) {
 	if d.Dev, err = attribute(dir, "dev"); err != nil {
-		return d, fmt.Errorf("read device %s: %w", name, err)
+		return fmt.Errorf("read device %s: %w", d.Name, err)
 	}
 	sectors, err := attribute(dir, "size")
 	if err == nil {
@@ -252,17 +306,17 @@ func readDevice(sys, name string) (device, error) {
 		d.SizeBytes *= 512 // of whatever size the device's own sectors are
 	}
 	if err != nil {
-		return d, fmt.Errorf("read size of %s: %w", name, err)
+		return fmt.Errorf("read size of %s: %w", d.Name, err)
 	}
 	ro, err := attribute(dir, "ro")
 	if err != nil {
-		return d, fmt.Errorf("read device %s: %w", name, err)
+		return fmt.Errorf("read device %s: %w", d.Name, err)
 	}
 	d.ReadOnly = ro != "0"
 	if d.Seq, err = attribute(dir, "diskseq"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return d, fmt.Errorf("read device %s: %w", name, err)
+		return fmt.Errorf("read device %s: %w", d.Name, err)
 	}
-	return d, d.readUsers(dir)
+	return nil
 }
 
 // readUsers reads which partitions the device has and what is stacked on it.

@@ -210,7 +210,11 @@ func TestKernelForeignIsLeftAlone(t *testing.T) {
 			if oerr != nil {
 				t.Fatal(oerr)
 			}
-			if p, err := b.prove(t.Context(), have.Devices[0], have); err == nil || p != nil {
+			at, oerr := raise(b.want, have)
+			if oerr != nil {
+				t.Fatal(oerr)
+			}
+			if p, err := b.prove(t.Context(), at, have); err == nil || p != nil {
 				t.Error("a permit was given")
 			}
 			if b.hash(t) != before {

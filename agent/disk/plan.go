@@ -19,10 +19,19 @@ type observed struct {
 	Swaps   []string         `json:"swaps,omitempty"`  // names of devices: vdb, vdb1
 	Ledger  map[string]entry `json:"ledger,omitempty"` // by disk id
 	Content content          `json:"content,omitzero"` // of the wanted disk, unless it is mounted
-	Listed  []string         `json:"listed,omitempty"` // ids of the data disks that the metadata service knows
+	// Layers are the devices that are made of others; Members is what the disks of a
+	// stripe hold, by id; Key is how the key of an encrypted disk stands.
+	Layers  []layer            `json:"layers,omitempty"`
+	Members map[string]content `json:"members,omitempty"`
+	// Beneath is what the device under an open mapping holds, if making it was cut off.
+	Beneath content  `json:"beneath,omitzero"`
+	Key     keyState `json:"key,omitzero"`
+	Listed  []string `json:"listed,omitempty"` // ids of the data disks that the metadata service knows
 	// Decision is what an operator has decided for the wanted disk, and not yet done.
 	Decision *decision `json:"decision,omitempty"`
-	Cluster  string    `json:"cluster,omitempty"` // of the node
+	// Decisions are those for the disks of a stripe, by id.
+	Decisions map[string]*decision `json:"decisions,omitempty"`
+	Cluster   string               `json:"cluster,omitempty"` // of the node
 	// Link is where the mount point leads if a part of it is a symbolic link.
 	Link string `json:"link,omitempty"`
 	// Settling says that udev is at work: there may be devices that are not seen yet.
@@ -41,6 +50,10 @@ type device struct {
 	Partitions []part `json:"partitions,omitempty"`
 	// Holders are the devices stacked on it or on one of its partitions: dm-0, md0.
 	Holders []string `json:"holders,omitempty"`
+	// Of a device that is made of others: the ids of the disks at the bottom, of which
+	// Serial is the first, and the devices right beneath.
+	ids   []string
+	under []device
 }
 
 type part struct {
@@ -76,8 +89,12 @@ type content struct {
 	Signatures []string `json:"signatures,omitempty"`
 	UUID       string   `json:"uuid,omitempty"`
 	Label      string   `json:"label,omitempty"`
-	Evidence   string   `json:"evidence,omitempty"` // first bytes found, and where
-	at         int64    // of what was found beyond a glance
+	// Member and Header are there if the superblock of an md array, or a LUKS2 header,
+	// is undamaged. What the data behind them looks like says nothing.
+	Member   *superblock `json:"member,omitempty"`
+	Header   *header     `json:"header,omitempty"`
+	Evidence string      `json:"evidence,omitempty"` // first bytes found, and where
+	at       int64       // of what was found beyond a glance
 }
 
 func (c content) String() string {
@@ -91,6 +108,12 @@ func (c content) String() string {
 		b.WriteString("data that no known signature explains")
 	default:
 		b.WriteString(strings.Join(c.Signatures, " and "))
+	}
+	if m := c.Member; m != nil {
+		fmt.Fprintf(&b, " (disk %d of %d of the array %s, named %q)", m.Role, m.Disks, m.UUID, m.Name)
+	}
+	if h := c.Header; h != nil {
+		fmt.Fprintf(&b, " (uuid %s, label %q)", h.UUID, h.Label)
 	}
 	if c.UUID != "" {
 		fmt.Fprintf(&b, " (uuid %s, label %q)", c.UUID, c.Label)
@@ -107,6 +130,10 @@ const (
 	format verb = "format"
 	adopt  verb = "adopt"
 	attach verb = "mount"
+
+	assemble verb = "assemble" // the array of a stripe
+	unlock   verb = "open"     // the mapping of an encrypted disk
+	stop     verb = "stop"     // a layer that was not finished
 )
 
 type step struct {
@@ -120,20 +147,28 @@ func decide(want node.DiskConfig, have observed) ([]step, error) {
 		return nil, node.Terminal("MountPointIsLink", fmt.Sprintf("set disks[].mountPoint: %s in the NodeConfig, or make it a directory", have.Link),
 			fmt.Errorf("%s leads to %s by a symbolic link", want.MountPoint, have.Link))
 	}
-	dev, err := bind(want, have)
+	at, err := raise(want, have)
 	if err != nil {
 		return nil, cmp.Or(have.ledgerErr, err)
 	}
 	if m, ok := have.at(want.MountPoint); ok {
-		return nil, mounted(dev, m)
+		return nil, at.mounted(m)
 	}
 	if have.ledgerErr != nil {
 		return nil, have.ledgerErr
 	}
-	if err := unused(dev, have); err != nil {
+	if err := at.unused(have); err != nil {
 		return nil, err
 	}
-	return fromContent(want, dev, have)
+	if err := at.fits(want, have); err != nil {
+		return nil, err
+	}
+	if want.Layered() {
+		if steps, err := stackStep(want, at, have); len(steps) > 0 || err != nil {
+			return steps, err
+		}
+	}
+	return fromContent(want, at.dev(), have)
 }
 
 // bind returns the one device that is the wanted disk.
@@ -261,24 +296,20 @@ func unused(dev device, have observed) error {
 func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error) {
 	c, past := have.Content, have.Ledger[dev.Serial]
 	fs := string(want.FileSystem)
-	mount := step{attach, fmt.Sprintf("mount %s (%s) on %s", dev.Serial, fs, want.MountPoint)}
+	mount := mountStep(want, dev.Serial, fs)
 	one := len(c.Signatures) == 1 && len(dev.Partitions) == 0
 	ours := c.UUID != "" && (c.UUID == past.UUID || c.Label == label(dev.Serial))
-	decided := func(act string) bool { return have.Decision != nil && have.Decision.is(act, dev) }
+	decided := func(act string) bool { return have.decided(act, dev) }
+	if err := lasting(dev, c); err != nil {
+		return nil, err
+	}
 	switch {
-	case c.Proving != "":
-		return nil, node.Waiting("Proving", "%s", c.Proving)
-	case dev.ReadOnly:
-		return nil, node.Terminal("ReadOnly", "attach it writable", fmt.Errorf("%s is a read-only device", dev))
-	case c.Busy:
-		return nil, node.Waiting("Busy", "%s is locked by another program", dev)
 	case decided(actFormat):
 		return []step{{format, fmt.Sprintf("format %s with %s over whatever it holds, as %s", dev, fs, have.Decision)}, mount}, nil
 	case c.Unreadable != "":
 		return nil, unreadable(dev, c)
 	case c.Blank && past.State == stateFormatted:
-		return nil, node.Terminal("Lost", "if its data may be lost, type: "+command(actFormat, dev),
-			fmt.Errorf("%s reads as blank, but was formatted on %s (uuid %s)", dev, past.At.Format("2006-01-02 15:04:05Z"), past.UUID))
+		return nil, lost(past, dev.String()+" reads as blank", "if its data may be lost, type: "+command(actFormat, dev))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
 		return []step{{format, fmt.Sprintf("format %s with %s once it is proven blank", dev, fs)}, mount}, nil
 	case one && ours && c.UUID != past.UUID && otherCluster(c.UUID, have.Cluster) &&
@@ -301,13 +332,17 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 		}
 		return []step{{adopt, fmt.Sprintf("adopt %s: it holds %s %s (uuid %s)", dev.Serial, whose, c.Signatures[0], c.UUID)}, mount}, nil
 	case past.State == stateFormatting:
-		return nil, node.Terminal("FormatInterrupted", eraseIt+command(actFormat, dev),
-			fmt.Errorf("formatting %s began on %s and was cut off; it now holds %s", dev, past.At.Format("2006-01-02 15:04:05Z"), c))
+		return nil, interrupted(dev, past, c)
 	}
 	if len(dev.Partitions) > 0 {
 		c.Signatures = append([]string{"partitions"}, c.Signatures...)
 	}
 	return nil, foreign(dev, c)
+}
+
+func interrupted(dev device, past entry, c content) error {
+	return node.Terminal("FormatInterrupted", eraseIt+command(actFormat, dev),
+		fmt.Errorf("formatting %s began on %s and was cut off; it now holds %s", dev, past.At.Format("2006-01-02 15:04:05Z"), c))
 }
 
 func unreadable(dev device, c content) error {
@@ -334,6 +369,12 @@ const eraseIt = "name another disk in the NodeConfig; or, once you have saved wh
 // mounted.
 func adoptable(c content) bool {
 	return c.UUID != "" && len(c.Signatures) == 1 && slices.Contains([]string{string(node.Ext4), string(node.XFS)}, c.Signatures[0])
+}
+
+// decided reports whether an operator has decided so of a device.
+func (o observed) decided(act string, dev device) bool {
+	one := o.Decisions[dev.Serial]
+	return o.Decision != nil && o.Decision.is(act, dev) || one != nil && one.is(act, dev)
 }
 
 // at returns the topmost mount at target.
@@ -380,6 +421,9 @@ func (d device) owns(dev string) bool {
 }
 
 func (d device) String() string {
+	if len(d.ids) > 0 {
+		return fmt.Sprintf("%s (/dev/%s, %s)", strings.Join(d.ids, "+"), d.Name, Size(d.SizeBytes))
+	}
 	return fmt.Sprintf("%s (/dev/%s, %s)", d.Serial, d.Name, Size(d.SizeBytes))
 }
 

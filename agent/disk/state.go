@@ -15,7 +15,9 @@ type State struct {
 	DiskID     string          `json:"diskID,omitempty"` // empty: not known yet
 	Device     string          `json:"device,omitempty"` // where it is now, never what it is
 	SizeBytes  int64           `json:"sizeBytes,omitempty"`
-	State      string          `json:"state"` // Mounted, Planned, or why it is not: Absent, Proving, Foreign, …
+	Members    []Member        `json:"members,omitempty"` // of a stripe, in order
+	Layers     []string        `json:"layers,omitempty"`  // between the disks and the file system, as far as they are up
+	State      string          `json:"state"`             // Mounted, Planned, or why it is not: Absent, Proving, Foreign, …
 	Since      time.Time       `json:"since,omitzero"`
 	Message    string          `json:"message,omitempty"`
 	MountPoint string          `json:"mountPoint"`
@@ -26,6 +28,18 @@ type State struct {
 	Ledger   *Past      `json:"ledger,omitempty"`
 	Evidence []Evidence `json:"evidence"` // of the last proof of this life of the agent
 	Steps    []Step     `json:"steps"`    // as Evidence
+}
+
+// Member is one disk of a stripe.
+type Member struct {
+	DiskID    string `json:"diskID"`
+	Device    string `json:"device,omitempty"` // empty: it is not there
+	SizeBytes int64  `json:"sizeBytes,omitempty"`
+}
+
+// Has reports whether id is the disk, or one of the stripe.
+func (s State) Has(id string) bool {
+	return s.DiskID == id || slices.ContainsFunc(s.Members, func(m Member) bool { return m.DiskID == id })
 }
 
 // Past is what the ledger says was done to a disk.
@@ -82,6 +96,12 @@ func (a *account) evidence(all []Evidence) {
 	a.all = all
 }
 
+func (a *account) evidenceNow() []Evidence {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.all)
+}
+
 func (a *account) add(e Evidence) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -112,6 +132,12 @@ func (d *Disk) State() State {
 		s.Message = a.progress.progress(s.Now)
 	}
 	s.Evidence = append([]Evidence{}, a.all...)
+	for _, id := range d.want.DiskIDs {
+		for _, e := range d.parts[id].account.evidenceNow() {
+			e.Source = id + ": " + e.Source
+			s.Evidence = append(s.Evidence, e)
+		}
+	}
 	s.Steps = append([]Step{}, a.steps...)
 	return s
 }
@@ -119,8 +145,25 @@ func (d *Disk) State() State {
 // stands says how the disk stands, by what a plan has found. The caller holds mu.
 func (d *Disk) stands(have observed, steps []step, err error) {
 	s := State{DiskID: d.want.DiskID, FileSystem: d.want.FileSystem}
-	if dev, err := bind(d.want, have); err == nil {
-		s.DiskID, s.Device, s.SizeBytes = dev.Serial, "/dev/"+dev.Name, dev.SizeBytes
+	at, berr := raise(d.want, have)
+	if berr == nil {
+		dev := at.dev()
+		s.DiskID, s.Device, s.SizeBytes = at.disks[0].Serial, "/dev/"+dev.Name, dev.SizeBytes
+		if len(at.devs) > 1 {
+			s.Device, s.SizeBytes = "", 0 // there is none yet
+		}
+		for _, l := range at.up {
+			s.Layers = append(s.Layers, l.String())
+		}
+	} else if len(d.want.DiskIDs) > 0 {
+		s.DiskID = d.want.DiskIDs[0]
+	}
+	for _, id := range d.want.DiskIDs {
+		m := Member{DiskID: id}
+		if i := slices.IndexFunc(have.Devices, func(v device) bool { return v.Serial == id }); i >= 0 {
+			m.Device, m.SizeBytes = "/dev/"+have.Devices[i].Name, have.Devices[i].SizeBytes
+		}
+		s.Members = append(s.Members, m)
 	}
 	if past, ok := have.Ledger[s.DiskID]; ok {
 		s.FileSystem, s.UUID, s.Proof, s.Ledger = past.FileSystem, past.UUID, past.Proof, &Past{past.State, past.At}
