@@ -1,0 +1,326 @@
+//go:build node
+
+package lab
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/tkenode/tkenode/lab/cloud"
+	"github.com/tkenode/tkenode/lab/cvm"
+)
+
+// stacks is a node with three disks that are one at /data, and an encrypted one at
+// /secret.
+type stacks struct {
+	*Lab
+	t *testing.T
+	c *CVM
+}
+
+const (
+	stripe0, stripe1, stripe2 = "disk-stripe00", "disk-stripe01", "disk-stripe02"
+	secretDisk                = "disk-secret00"
+)
+
+var stackDisks = []string{stripe0, stripe1, stripe2, secretDisk}
+
+const stackConfig = `disks:
+  - diskIDs: [` + stripe0 + `, ` + stripe1 + `, ` + stripe2 + `]
+    fileSystem: ext4
+    mountPoint: /data
+  - diskID: ` + secretDisk + `
+    fileSystem: ext4
+    mountPoint: /secret
+    encryption:
+      keyFrom: instance
+`
+
+// killers stand in the way of the programs that make a stack, and kill the agent, once
+// each: when the ledger is written; when one disk of three has a superblock; when the
+// array is made, and no file system; when that is made, and the ledger does not say so;
+// when there is a LUKS header; when it is open.
+const killers = `
+mkdir -p /usr/local/sbin /run/killed
+cat > /usr/local/sbin/mdadm <<'END'
+#!/bin/sh
+once() { [ "$1" = --create ] && [ ! -e /run/killed/$2 ] && touch /run/killed/$2; }
+if once "$1" ledger; then kill -9 $PPID; exit 1; fi
+if once "$1" one-superblock; then
+	/sbin/mdadm "$@" || exit
+	kill -9 $PPID
+	echo clear > /sys/block/${2#/dev/}/md/array_state
+	for fd in 4 5; do dd if=/dev/zero of=/proc/self/fd/$fd bs=4096 seek=1 count=1 conv=notrunc,fsync; done
+	exit 1
+fi
+if once "$1" array; then /sbin/mdadm "$@" || exit; kill -9 $PPID; exit 1; fi
+exec /sbin/mdadm "$@"
+END
+cat > /usr/local/sbin/mkfs.ext4 <<'END'
+#!/bin/sh
+/sbin/mkfs.ext4 "$@" || exit
+if [ ! -e /run/killed/file-system ]; then touch /run/killed/file-system; kill -9 $PPID; exit 1; fi
+END
+cat > /usr/local/sbin/cryptsetup <<'END'
+#!/bin/sh
+/sbin/cryptsetup "$@" || exit
+case "$1" in luksFormat | open)
+	if [ ! -e /run/killed/$1 ]; then touch /run/killed/$1; kill -9 $PPID; exit 1; fi
+esac
+END
+chmod +x /usr/local/sbin/*`
+
+// TestNodeDiskStack: a stripe and an encrypted disk are made by an agent that is killed
+// at every step of it, live through what happens to machines, and are left alone when
+// a disk is not what it was.
+func TestNodeDiskStack(t *testing.T) {
+	l := startLab(t)
+	if err := l.FromSnapshot(within(t, 8*time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	v, err := l.NodeConfigValues(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := v.Text()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = regexp.MustCompile(`(?m)^disks:\n(  .*\n)+`).ReplaceAllString(text, stackConfig)
+	c, err := l.Launch(t.Context(), LaunchSpec{UserData: []byte(text)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := &stacks{l, t, c}
+	began := time.Now()
+	for _, step := range []struct {
+		name string
+		run  func()
+	}{{"made", n.make}, {"restarted", n.restart}, {"power cycle", n.powerCycle}, {"torn out", n.tornOut}, {"swapped", n.swap}, {"keys", n.keys}} {
+		step.run()
+		t.Logf("%s after %s", step.name, time.Since(began).Round(time.Second))
+	}
+}
+
+func (n *stacks) sh(command string) string {
+	n.t.Helper()
+	return n.mustRun(n.t, n.c, command)
+}
+
+// plug plugs a small disk, which is blank if it was never there.
+func (n *stacks) plug(id string) {
+	n.t.Helper()
+	path := n.host.diskPath(id)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err == nil {
+		err = errors.Join(f.Truncate(128<<20), f.Close())
+	}
+	if err == nil {
+		err = n.host.PlugDisk(within(n.t, time.Minute), n.c.ID, cloud.Volume{Disk: id})
+	}
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+func (n *stacks) unplug(id string) {
+	n.t.Helper()
+	if err := n.host.UnplugDisk(within(n.t, time.Minute), n.c.ID, id); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// until waits until a command prints all of want.
+func (n *stacks) until(command string, want ...string) {
+	n.t.Helper()
+	ctx := within(n.t, 3*time.Minute)
+	for {
+		out := n.sh(command + " || true")
+		missing := slices.DeleteFunc(slices.Clone(want), func(w string) bool { return strings.Contains(strings.Join(strings.Fields(out), " "), w) })
+		if len(missing) == 0 {
+			return
+		}
+		if ctx.Err() != nil {
+			n.t.Fatalf("%s: never %q in\n%s\n%s", command, missing, out,
+				n.sh("tkenode disks; lsblk; cat /proc/mdstat; ls -A /run/killed; journalctl -b -u tkenode-agent -o cat --no-pager | grep -i disk | tail -60"))
+		}
+		time.Sleep(300 * time.Millisecond)
+	}
+}
+
+const where = "findmnt -rno TARGET,SOURCE,FSTYPE /data; findmnt -rno TARGET,SOURCE,FSTYPE /secret"
+
+// kept waits for both mounts and looks at what was written.
+func (n *stacks) kept() {
+	n.t.Helper()
+	n.until(where, "/data /dev/md128 ext4", "/secret /dev/dm-0 ext4")
+	n.sh("sha256sum --quiet -c /root/sums")
+	if got := n.sh("tkenode plan | grep -A3 ^disk/ || true"); got != "" {
+		n.t.Errorf("still planned:\n%s", got)
+	}
+}
+
+func (n *stacks) make() {
+	n.sh(killers)
+	for _, id := range stackDisks {
+		n.plug(id)
+	}
+	n.until(where, "/data /dev/md128 ext4", "/secret /dev/dm-0 ext4")
+	if got := n.sh("ls -A /run/killed | xargs"); got != "array file-system ledger luksFormat one-superblock open" {
+		n.t.Errorf("the agent was killed at: %s", got)
+	}
+	n.t.Logf("made:\n%s", n.sh("systemctl show -p NRestarts tkenode-agent; tkenode disks; tkenode explain disk "+stripe1+"; tkenode explain disk "+secretDisk+"; cat /proc/mdstat; journalctl -b -u tkenode-agent -o cat --no-pager | grep -iE 'disk|format' | tail -50"))
+	n.sh("for d in data secret; do head -c 20M /dev/urandom > /$d/file; done; sha256sum /data/file /secret/file > /root/sums; rm -r /usr/local/sbin/*; sync")
+	// The key is nowhere that a program's arguments or the log would be.
+	if got := n.sh("k=$(od -An -tx1 -v /var/lib/tkenode/disk/" + secretDisk + ".key | tr -d ' \n' | head -c 32); journalctl -b -o cat | grep -c $k || true"); got != "0" {
+		n.t.Errorf("the journal has the key %s times", got)
+	}
+}
+
+func (n *stacks) restart() {
+	n.sh("systemctl restart tkenode-agent")
+	n.kept()
+}
+
+// powerCycle cuts the power, and starts the machine with the disks in another order
+// and one of them missing.
+func (n *stacks) powerCycle() {
+	if err := n.host.Destroy(within(n.t, time.Minute), n.c.ID); err != nil {
+		n.t.Fatal(err)
+	}
+	n.powerOn(secretDisk, stripe2, stripe0)
+	n.until("tkenode disks", "Absent", stripe1+" is not attached", "never used without one of them")
+	n.until(where, "/secret /dev/dm-0 ext4")
+	if got := n.sh("findmnt /data; ls -d /sys/block/md* 2>/dev/null; true"); got != "" {
+		n.t.Errorf("with a disk missing there is:\n%s", got)
+	}
+	n.plug(stripe1)
+	n.kept()
+}
+
+func (n *stacks) powerOn(disks ...string) {
+	n.t.Helper()
+	spec := cvm.Spec{Name: n.c.ID, Dir: n.host.machineDir(n.c.ID)}
+	enis := n.Region.Snapshot().ENIs
+	slices.SortFunc(enis, func(a, b cloud.ENI) int { return a.DeviceIndex - b.DeviceIndex })
+	for _, e := range enis {
+		if e.Instance != n.c.ID {
+			continue
+		}
+		mac, err := net.ParseMAC(e.MAC)
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		spec.NICs = append(spec.NICs, n.host.nic(cloud.NIC{ENI: e.ID, MAC: mac}))
+	}
+	for _, id := range disks {
+		spec.Disks = append(spec.Disks, cvm.Disk{ID: id, Path: n.host.diskPath(id)})
+	}
+	vm, err := cvm.Start(within(n.t, time.Minute), spec)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	m := &machine{Machine: vm, follow: cancel, done: make(chan struct{})}
+	go func() { // host.Destroy waits for it
+		defer close(m.done)
+		follow(ctx, vm.Console(), n.c.Timeline.readLine)
+	}()
+	n.host.mu.Lock()
+	n.host.machines[n.c.ID] = m
+	n.host.mu.Unlock()
+}
+
+// tornOut takes a disk of the stripe, and the encrypted one, away under their mounts,
+// and brings them back once nothing is mounted any more.
+func (n *stacks) tornOut() {
+	n.sh("sync")
+	m, err := n.host.machine(n.c.ID)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	for _, id := range []string{stripe2, secretDisk} {
+		if err := m.PullDisk(within(n.t, time.Minute), id); err != nil {
+			n.t.Fatal(err)
+		}
+	}
+	n.until("tkenode disks", stripe2+" is not attached", secretDisk+" is not attached")
+	n.sh("systemctl stop tkenode-agent; umount /data /secret 2>/dev/null; systemctl start tkenode-agent; true")
+	n.plug(stripe2)
+	n.plug(secretDisk)
+	n.kept()
+}
+
+// down takes a stack apart that the agent is not there to put together again.
+const down = `systemctl stop tkenode-agent
+for i in 1 2 3 4 5; do umount /data && break; sleep 1; done
+for i in 1 2 3 4 5; do echo clear > /sys/block/md128/md/array_state && break; sleep 1; done`
+
+// swap puts a blank disk, and then somebody's, in the place of a disk of the stripe.
+func (n *stacks) swap() {
+	n.sh("sync; " + down)
+	n.unplug(stripe1)
+	path := n.host.diskPath(stripe1)
+	if err := os.Rename(path, path+".right"); err != nil {
+		n.t.Fatal(err)
+	}
+	before := n.hashes(stripe0, stripe2)
+	n.plug(stripe1) // of which there is no file now
+	n.sh("systemctl start tkenode-agent")
+	n.until("tkenode disks", "Lost", stripe1+" (/dev/vd", "read as blank", "tkenode disk format "+stripe0)
+	n.unplug(stripe1)
+	if st, err := os.Stat(path); err != nil || st.Sys().(*syscall.Stat_t).Blocks != 0 {
+		n.t.Errorf("the blank disk was written to: %v", err)
+	}
+	if !bytes.Equal(before, n.hashes(stripe0, stripe2)) {
+		n.t.Error("the other disks of the stripe were written to")
+	}
+	if err := os.Rename(path+".right", path); err != nil {
+		n.t.Fatal(err)
+	}
+	n.plug(stripe1)
+	n.kept()
+}
+
+func (n *stacks) hashes(ids ...string) []byte {
+	n.t.Helper()
+	h := sha256.New()
+	for _, id := range ids {
+		f, err := os.Open(n.host.diskPath(id))
+		if err == nil {
+			_, err = io.Copy(h, f)
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil {
+			n.t.Fatal(err)
+		}
+	}
+	return h.Sum(nil)
+}
+
+// keys takes the key away, and then puts another one in its place.
+func (n *stacks) keys() {
+	const key = "/var/lib/tkenode/disk/" + secretDisk + ".key"
+	n.sh("systemctl stop tkenode-agent; umount /secret; cryptsetup close tke-secret00; mv " + key + " /root/key")
+	before := n.hashes(secretDisk)
+	n.sh("systemctl start tkenode-agent")
+	n.until("tkenode disks", "KeyLost", "system disk which is no more")
+	n.sh("systemctl stop tkenode-agent; (umask 077; head -c 32 /dev/urandom > " + key + "); systemctl start tkenode-agent")
+	n.until("tkenode disks", "WrongKey", "does not open "+secretDisk)
+	if !bytes.Equal(before, n.hashes(secretDisk)) {
+		n.t.Error("the disk was written to")
+	}
+	n.sh("systemctl stop tkenode-agent; mv /root/key " + key + "; systemctl start tkenode-agent")
+	n.kept()
+}
