@@ -167,6 +167,9 @@ func (d *Disk) do(ctx context.Context, v verb) error {
 		}
 		e := at.entry(d.want, have)
 		e.State, e.FileSystem, e.UUID = stateFormatted, node.FileSystem(have.Content.Signatures[0]), have.Content.UUID
+		if past := have.Ledger[e.DiskID]; past.UUID == e.UUID {
+			e.Proof = past.Proof // it was made here, and cut off before that was journalled
+		}
 		return d.ledger.write(e)
 	case stop:
 		if at.stale != nil && at.stale.Kind == array {

@@ -186,6 +186,29 @@ func TestKernelFormatAndMount(t *testing.T) {
 	}
 }
 
+// TestKernelProofIsKept: a file system that was made, and not journalled as made, is
+// adopted with what it rested on that the disk was blank.
+func TestKernelProofIsKept(t *testing.T) {
+	b := newBench(t, node.Ext4, nil)
+	b.converge(t)
+	all, err := b.ledger.read()
+	if err != nil || all[serial].Proof == "" {
+		t.Fatalf("ledger %+v, %v", all, err)
+	}
+	e := all[serial]
+	proof := e.Proof
+	e.State = stateFormatting
+	if err := errors.Join(unix.Unmount(b.want.MountPoint, 0), b.ledger.write(e)); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.converge(t); !strings.HasPrefix(got, "adopt ") {
+		t.Errorf("plan:\n%s", got)
+	}
+	if all, err = b.ledger.read(); err != nil || all[serial].Proof != proof || all[serial].State != stateFormatted {
+		t.Errorf("ledger %+v, %v", all[serial], err)
+	}
+}
+
 // TestKernelForeignIsLeftAlone compares every byte of the disk.
 func TestKernelForeignIsLeftAlone(t *testing.T) {
 	for name, prepare := range map[string]func(file string){
