@@ -8,7 +8,7 @@ LAB   := bin/tkelab
 .DEFAULT_GOAL := help
 # The tiers share bin/ and the processors: one after the other, also with -j.
 .NOTPARALLEL:
-.PHONY: help setup build demo down test test-unit test-kernel test-node check vuln fmt bench bench-boot bench-eni campaign-eni sweep-disk clean
+.PHONY: help setup build demo down test test-unit test-kernel test-node check vuln fmt bench bench-boot bench-eni bench-disk campaign-eni campaign-disk sweep-disk clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -48,7 +48,7 @@ vuln: ## known vulnerabilities of what we import (asks the Go vulnerability data
 fmt: ## format the code
 	gofmt -w $$(git ls-files '*.go')
 
-bench: bench-boot bench-eni ## every benchmark
+bench: bench-boot bench-eni bench-disk ## every benchmark
 
 bench-boot: setup build ## power-on to Ready against a hand-written node, in pairs
 	@$(LAB) bench boot
@@ -57,11 +57,23 @@ bench-eni: setup build ## ADD, DEL and round trips of pods against ptp and host-
 	cd lab/bench/peer && CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags='-s -w' -o ../../../bin/peer/ tool
 	@$(SUDO) $(LAB) bench eni
 
+bench-disk: setup build ## a new disk, from attached to mounted, against mount-utils; a formatted one, from uevent to mounted; root
+	cd lab/bench/mountutils && CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags='-s -w' -o ../../../bin/peer/mountutils .
+	@$(SUDO) $(LAB) bench disk
+
 campaign-eni: setup build ## break the network of pods at random, by a seed (SEED=1); goes on where it was interrupted; root
 	@mkdir -p out
 	TKE_ENI='$(CURDIR)/bin/tke-eni' $(GO) test -tags kernel -count=1 -timeout 2h -run '^TestKernelCampaign' -exec '$(SUDO)' ./agent/eni/ \
 		-campaign $(CURDIR)/out/campaign-eni.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
 	@cat out/campaign-eni.jsonl
+
+campaign-disk: setup build ## break disks, their content and the agent at random, by a seed (SEED=1); goes on where it was interrupted; root
+	@mkdir -p out
+	$(GO) test -tags kernel -count=1 -timeout 2h -run '^TestKernelCampaign' -exec '$(SUDO)' ./agent/disk/ \
+		-campaign $(CURDIR)/out/campaign-disk.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
+	@$(LAB) build
+	$(GO) test -tags node -count=1 -timeout 1h -run '^TestCampaignDisks$$' ./lab/ \
+		-campaign $(CURDIR)/out/campaign-disk.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
 
 sweep-disk: ## make every read of 34 kinds of disks fail, for us and for mount-utils, and count who would format them; at most 10 min
 	@packaging/setup debian-packages debian-packages-sweep

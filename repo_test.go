@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -72,7 +73,7 @@ var mayImport = map[string][]string{
 	"agent/kube":      {"agent/node"},
 	"agent/metrics":   {"agent/node"},
 	"agent/tencent":   {"agent/node"},
-	"agent/api":       {"agent/node", "agent/reconcile", "agent/disk", "agent/eni"},
+	"agent/api":       {"agent/node", "agent/reconcile", "agent/disk", "agent/eni", "agent/kube"},
 	"bootstrap":       {"agent/node", "bootstrap/nodeconfig"},
 	"cmd/tke-eni":     {"agent/eni/cni"},
 	"lab/vpc":         {},
@@ -126,7 +127,8 @@ func TestRunbookHasASectionPerCondition(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range append(node.ConditionTypes[:], node.PoolExhausted, node.RepairsUndone) {
+	warnings := []node.ConditionType{node.PoolExhausted, node.RepairsUndone, node.DiskNotGrown, node.VolumeMismatch}
+	for _, c := range slices.Concat(node.ConditionTypes[:], warnings, node.DiskConditionTypes[:]) {
 		if !strings.Contains(string(text), "\n## "+string(c)+"\n") {
 			t.Errorf("RUNBOOK.md has no section ## %s", c)
 		}

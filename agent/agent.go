@@ -40,6 +40,7 @@ const (
 	stateDir  = "/var/lib/tkenode"
 	imagesDir = "/usr/lib/tkenode/images" // what the node image carries
 	seedFile  = "/usr/lib/tkenode/seed.tar"
+	runDir    = "/run/tkenode/disk" // what is known of disks in this boot
 	// kubeletCert is kubelet's own client certificate, which it rotates.
 	kubeletCert = "/var/lib/kubelet/pki/kubelet-client-current.pem"
 )
@@ -55,6 +56,8 @@ type Agent struct {
 	engine  atomic.Pointer[reconcile.Engine] // nil until a configuration is sealed
 	network atomic.Pointer[eni.Network]      // as engine
 	disks   atomic.Pointer[[]*disk.Disk]     // as engine
+	others  atomic.Pointer[disk.Others]      // as engine
+	volumes atomic.Pointer[kube.CSINode]     // as engine
 }
 
 // Run serves the socket at once, waits for a sealed configuration, and then keeps
@@ -124,6 +127,8 @@ func (a *Agent) keep(ctx context.Context, s node.Sealed, cni net.Listener, colle
 	a.engine.Store(engine)
 	a.network.Store(w.network)
 	a.disks.Store(&w.disks)
+	a.others.Store(w.others)
+	a.volumes.Store(w.volumes)
 
 	// Serve ends by itself when it fails: the others have to end with it.
 	ctx, stop := context.WithCancel(ctx)
@@ -133,6 +138,11 @@ func (a *Agent) keep(ctx context.Context, s node.Sealed, cni net.Listener, colle
 	wg.Go(func() { engine.Run(ctx) })
 	wg.Go(func() { w.bus.Run(ctx) })
 	wg.Go(func() { collector.Push(ctx, s) })
+	wg.Go(func() { w.others.Run(ctx) })
+	wg.Go(func() { w.volumes.Run(ctx) })
+	for _, d := range w.disks {
+		wg.Go(func() { d.Tend(ctx) })
+	}
 	return w.network.Serve(ctx, cni)
 }
 
@@ -142,6 +152,8 @@ type works struct {
 	network *eni.Network
 	bus     *unit.Systemd
 	disks   []*disk.Disk
+	others  *disk.Others  // attached, and not of the NodeConfig
+	volumes *kube.CSINode // how many the CSI driver may attach
 	close   func()
 }
 
@@ -168,14 +180,20 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 	bus := unit.NewSystemd(log("unit"))
 	network := eni.New(eni.Options{Sealed: a.currentSealed, Cloud: cloud, Sandboxes: containerd.Sandboxes, Log: log("eni")})
 	name := s.Config.Name(s.Facts)
+	ready := kube.NewReady(apiServer, name)
 
 	var modules []reconcile.Module
 	var disks []*disk.Disk
-	for _, want := range s.Config.Disks {
-		disks = append(disks, disk.New(disk.Options{
-			Want: want, Sealed: s, FirstBoot: sealedNow(s, node.ReportFile), Cloud: cloud, Ledger: filepath.Join(stateDir, "disk"), Log: log("disk"),
-		}))
+	options := disk.Options{
+		Sealed: s, FirstBoot: sealedNow(s, node.ReportFile), Cloud: cloud, Ledger: filepath.Join(stateDir, "disk"),
+		Run: runDir, Systemd: bus, Tell: a.tellNode, Log: log("disk"),
+	}
+	for _, options.Want = range s.Config.Disks {
+		disks = append(disks, disk.New(options))
 		modules = append(modules, disks[len(disks)-1])
+	}
+	for _, d := range disk.Detached(options) {
+		modules = append(modules, d)
 	}
 	modules = append(modules,
 		unit.Containerd(files, bus, containerd, seedFile),
@@ -184,7 +202,8 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 		network.Paths(),
 		kube.NewJoin(name),
 		unit.Kubelet(files, bus),
-		kube.NewReady(apiServer, name),
+		ready,
+		kube.NewConditions(ready, func() kube.Wanted { return wanted(disks) }),
 	)
 	if s.Config.KubeProxy.Enabled {
 		modules = append(modules, unit.KubeProxy(files, bus))
@@ -192,7 +211,15 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 	if s.Config.CoreDNS.Enabled {
 		modules = append(modules, unit.CoreDNS(files, bus, s.Config.LocalDNS(), s.Config.Cluster.Domain))
 	}
-	return &works{modules, network, bus, disks, func() {
+	others := disk.NewOthers(a.diskStates, log("disk"))
+	volumes := kube.NewCSINode(apiServer, name, disk.CSIDriver, func(ctx context.Context) (int, error) {
+		n, err := cloud.CountDisks(ctx, s.Facts.InstanceID)
+		return n.Max, err
+	}, func(volumes []string) ([]string, <-chan struct{}, bool) {
+		all, changed, known := others.All()
+		return disk.NotCSI(a.diskStates(), all, volumes), changed, known
+	}, log("volumes"))
+	return &works{modules, network, bus, disks, others, volumes, func() {
 		apiServer.Close()
 		containerd.Close()
 		bus.Close()

@@ -17,6 +17,7 @@ import (
 	"github.com/tkenode/tkenode/agent/api"
 	"github.com/tkenode/tkenode/agent/disk"
 	"github.com/tkenode/tkenode/agent/eni"
+	"github.com/tkenode/tkenode/agent/kube"
 	"github.com/tkenode/tkenode/agent/metrics"
 	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/agent/reconcile"
@@ -58,11 +59,15 @@ func (a *Agent) source(collector *metrics.Collector) api.Source {
 		Sealed: a.currentSealed,
 		Boot:   func() api.Boot { return a.ledger.boot(node.ReportFile) },
 		Warnings: func() []node.Condition {
+			warnings := disk.Warnings(a.diskStates())
+			if o := a.others.Load(); o != nil {
+				warnings = append(warnings, o.Warnings()...)
+			}
 			n := a.network.Load()
 			if n == nil {
-				return nil
+				return warnings
 			}
-			var warnings []node.Condition
+			warnings = append(warnings, illDisks(a.knownDisks())...)
 			for _, c := range []*node.Condition{n.Exhausted(), n.Undone()} {
 				if c != nil {
 					warnings = append(warnings, *c)
@@ -82,13 +87,8 @@ func (a *Agent) source(collector *metrics.Collector) api.Source {
 			}
 			return eni.Explanation{}, errNoNetwork
 		},
-		Disks: func() []disk.State {
-			all := []disk.State{}
-			for _, d := range a.knownDisks() {
-				all = append(all, d.State())
-			}
-			return all
-		},
+		Disks:   a.diskStates,
+		Volumes: a.volumeState,
 		Decide:  a.decide,
 		Metrics: collector,
 	}
@@ -99,6 +99,53 @@ func (a *Agent) knownDisks() []*disk.Disk {
 		return *all
 	}
 	return nil
+}
+
+func (a *Agent) diskStates() []disk.State {
+	all := []disk.State{}
+	for _, d := range a.knownDisks() {
+		all = append(all, d.State())
+	}
+	return all
+}
+
+func (a *Agent) volumeState() api.Volumes {
+	v := api.Volumes{Others: []disk.Other{}}
+	if o := a.others.Load(); o != nil {
+		all, _, _ := o.All()
+		v.Others = append(v.Others, all...)
+	}
+	if c := a.volumes.Load(); c != nil {
+		v.Limit = c.Limit()
+	}
+	return v
+}
+
+// illDisks returns what is wrong with disks that are, or were, mounted.
+func illDisks(disks []*disk.Disk) []node.Condition {
+	return slices.DeleteFunc(wanted(disks).Conditions, func(c node.Condition) bool { return c.Status != node.True })
+}
+
+// wanted is what the Node has to say of the disks.
+func wanted(disks []*disk.Disk) kube.Wanted {
+	w := kube.Wanted{Known: true}
+	var all []disk.Health
+	for _, d := range disks {
+		s := d.Standing()
+		// A cordon of ours outlives a reboot, until all disks are mounted.
+		w.Known = w.Known && s.Mounted
+		w.Cordon = cmp.Or(w.Cordon, s.Fenced)
+		all = append(all, s.Health)
+	}
+	w.Conditions = disk.Merge(all)
+	return w
+}
+
+// tellNode has what the Node says looked at again.
+func (a *Agent) tellNode() {
+	if e := a.engine.Load(); e != nil {
+		e.Wake("kube/conditions")
+	}
 }
 
 // decide hands an operator's order to the disk that it is about.

@@ -32,7 +32,7 @@ func kubeletConfig(c node.Config, f node.Facts, m Machine) map[string]any {
 		"maxPods":            c.MaxPods(f),
 		"clusterDomain":      c.Cluster.Domain,
 		"clusterDNS":         c.Cluster.DNS,
-		// Not systemd-resolved's stub: a loopback address means something else in a pod.
+		// Not /etc/resolv.conf, which may name a loopback address: in a pod that is the pod's own.
 		"resolvConf": "/run/systemd/resolve/resolv.conf",
 
 		"containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",

@@ -131,6 +131,7 @@ func upstream(host string) string {
 
 type kubeletFlags struct {
 	Config, Kubeconfig, Name, IP, Labels string
+	OwnDisks                             []string // mount points in kubelet's directory
 }
 
 func kubeletUnit(c node.Config, f node.Facts) kubeletFlags {
@@ -140,7 +141,13 @@ func kubeletUnit(c node.Config, f node.Facts) kubeletFlags {
 	for _, k := range slices.Sorted(maps.Keys(labels)) {
 		pairs = append(pairs, k+"="+labels[k])
 	}
-	return kubeletFlags{kubeletConfigPath, node.KubeconfigPath, c.Name(f), f.PrivateIP.String(), strings.Join(pairs, ",")}
+	var disks []string
+	for _, d := range c.Disks {
+		if d.MountPoint == node.KubeletRoot || strings.HasPrefix(d.MountPoint, node.KubeletRoot+"/") {
+			disks = append(disks, d.MountPoint)
+		}
+	}
+	return kubeletFlags{kubeletConfigPath, node.KubeconfigPath, c.Name(f), f.PrivateIP.String(), strings.Join(pairs, ","), disks}
 }
 
 // nodeLabels are those that a cloud controller sets, from the facts: known before

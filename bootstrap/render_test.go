@@ -60,6 +60,34 @@ func TestRender(t *testing.T) {
 	}
 }
 
+// TestKubeletDisks: kubelet does not start on the bare directory of a disk of its own,
+// and requires no other disk.
+func TestKubeletDisks(t *testing.T) {
+	text := func(mountPoints ...string) string {
+		var c node.Config
+		for _, dir := range mountPoints {
+			c.Disks = append(c.Disks, node.DiskConfig{MountPoint: dir})
+		}
+		files, err := Render(c, labFacts, Machine{CPUs: 2, MemoryBytes: 2 << 30})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			if f.Path == unitPath(node.KubeletUnit) {
+				return string(f.Data)
+			}
+		}
+		t.Fatal("no unit is rendered")
+		return ""
+	}
+	if got := text("/var/lib/containerd", "/data", "/var/lib/kubelet-other"); strings.Contains(got, "Assert") || strings.Count(got, "RequiresMountsFor=") != 1 {
+		t.Errorf("with disks of others:\n%s", got)
+	}
+	if got := text("/data", "/var/lib/kubelet/pods"); !strings.Contains(got, "\nRequiresMountsFor=/var/lib/kubelet/pods\nAssertPathIsMountPoint=/var/lib/kubelet/pods\n") || strings.Contains(got, "/data") {
+		t.Errorf("with a disk of its own:\n%s", got)
+	}
+}
+
 // TestReserved: the examples of Tencent's page.
 // TestCounterparts: kubelet refuses to start with a default of ours beside the
 // setting that stands for something else.

@@ -104,7 +104,7 @@ func TestNodeImageBootsByItself(t *testing.T) {
 		`hostname: image-test`,
 		`machine-id: [0-9a-f]{32}`,
 		`address: 10\.0\.2\.15/24`,                        // of QEMU's DHCP server
-		`resolv\.conf: /run/systemd/resolve/resolv\.conf`, // the DHCP server's, not a stub's
+		`resolv\.conf: /run/systemd/resolve/resolv\.conf`, // the DHCP server's, not a loopback address
 		`cgroup: cgroup2fs`,
 		`forward: 1`,
 		`root: /dev/vda1 +ext4 +rw,.*`,

@@ -46,7 +46,8 @@ const (
 	missingFix  = "; pass a NodeConfig document as user-data, alone or as a MIME part with Content-Type: application/vnd.tkenode.nodeconfig+yaml"
 	tokenFix    = "; it is wrong or has expired: make one with kubeadm token create, and launch with it"
 	metadataFix = "; if it lasts: check this node's route and firewall to 169.254.0.23, then ask Tencent Cloud"
-	foreignFix  = "; nothing was written; name another disk in the NodeConfig, or save what you need and attach a blank disk"
+	foreignFix  = "name another disk in the NodeConfig; or, once you have saved what you need of it, type: tkenode disk format disk-* --i-have-checked disk-*"
+	adoptFix    = "to mount it as it is, type: tkenode disk adopt disk-* --i-have-checked disk-*; or "
 )
 
 var badInputs = []badInput{
@@ -172,7 +173,7 @@ var badInputs = []badInput{
 		name:      "disk with a file system",
 		disk:      makeExt4,
 		condition: node.DisksReady, reason: "Foreign",
-		want: []string{`disk-* (/dev/vd*, 1 GiB) is not blank and not tkenode's: it holds ext4 (uuid *, label "precious")` + foreignFix},
+		want: []string{`disk-* (/dev/vd*, 1 GiB) is not blank and not tkenode's: it holds ext4 (uuid *, label "precious"); nothing was written; ` + adoptFix + foreignFix},
 	},
 	{
 		name: "disk with data",
@@ -185,7 +186,7 @@ var badInputs = []badInput{
 			}
 		},
 		condition: node.DisksReady, reason: "Foreign",
-		want: []string{"disk-* (/dev/vd*, 1 GiB) is not blank and not tkenode's: it holds data that no known signature explains, non-zero bytes at 38797317: 61207461626c65207370616365000000" + foreignFix},
+		want: []string{"disk-* (/dev/vd*, 1 GiB) is not blank and not tkenode's: it holds data that no known signature explains, non-zero bytes at 38797317: 61207461626c65207370616365000000; nothing was written; " + foreignFix},
 	},
 	{
 		name:   "clock two hours ahead",

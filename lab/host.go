@@ -36,6 +36,7 @@ type host struct {
 
 type machine struct {
 	*cvm.Machine
+	spec   cvm.Spec // what it has now; the host's lock guards it
 	follow context.CancelFunc
 	done   chan struct{} // closed when nobody follows the console any more
 }
@@ -132,21 +133,14 @@ func (h *host) Run(ctx context.Context, m cloud.Machine) error {
 	if snapshot != "" {
 		spec.CPUs, spec.MemoryMiB = 0, 0 // what the snapshot was taken with
 		vm, err = cvm.Restore(ctx, spec, snapshot)
+		spec.Config = nil // it is the snapshot's, also when the machine is started again
 	} else {
 		vm, err = cvm.Start(ctx, spec)
 	}
 	if err != nil {
 		return err
 	}
-	fctx, cancel := context.WithCancel(context.Background())
-	run := &machine{Machine: vm, follow: cancel, done: make(chan struct{})}
-	go func() {
-		defer close(run.done)
-		follow(fctx, vm.Console(), timeline.readLine)
-	}()
-	h.mu.Lock()
-	h.machines[m.Instance] = run
-	h.mu.Unlock()
+	h.keep(vm, spec, timeline)
 	return nil
 }
 
@@ -170,7 +164,12 @@ func (h *host) PlugNIC(ctx context.Context, instance string, n cloud.NIC) error 
 	if err != nil {
 		return err
 	}
-	return m.PlugNIC(ctx, h.nic(n))
+	nic := h.nic(n)
+	if err := m.PlugNIC(ctx, nic); err != nil {
+		return err
+	}
+	h.has(m, func(s *cvm.Spec) { s.NICs = append(s.NICs, nic) })
+	return nil
 }
 
 func (h *host) UnplugNIC(ctx context.Context, instance, eni string) error {
@@ -178,7 +177,11 @@ func (h *host) UnplugNIC(ctx context.Context, instance, eni string) error {
 	if err != nil {
 		return err
 	}
-	return m.UnplugNIC(ctx, eni)
+	if err := m.UnplugNIC(ctx, eni); err != nil {
+		return err
+	}
+	h.has(m, func(s *cvm.Spec) { s.NICs = slices.DeleteFunc(s.NICs, func(n cvm.NIC) bool { return n.ID == eni }) })
+	return nil
 }
 
 func (h *host) PlugDisk(ctx context.Context, instance string, v cloud.Volume) error {
@@ -190,7 +193,11 @@ func (h *host) PlugDisk(ctx context.Context, instance string, v cloud.Volume) er
 	if err != nil {
 		return err
 	}
-	return m.PlugDisk(ctx, d)
+	if err := m.PlugDisk(ctx, d); err != nil {
+		return err
+	}
+	h.has(m, func(s *cvm.Spec) { s.Disks = append(s.Disks, d) })
+	return nil
 }
 
 func (h *host) UnplugDisk(ctx context.Context, instance, disk string) error {
@@ -198,7 +205,80 @@ func (h *host) UnplugDisk(ctx context.Context, instance, disk string) error {
 	if err != nil {
 		return err
 	}
-	return m.UnplugDisk(ctx, disk)
+	if err := m.UnplugDisk(ctx, disk); err != nil {
+		return err
+	}
+	h.has(m, func(s *cvm.Spec) { s.Disks = slices.DeleteFunc(s.Disks, func(d cvm.Disk) bool { return d.ID == disk }) })
+	return nil
+}
+
+// has changes what a machine is started with when it was off.
+func (h *host) has(m *machine, change func(*cvm.Spec)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	change(&m.spec)
+}
+
+// ResizeDisk makes a disk larger. One that is encrypted is so for the guest once it
+// is plugged anew, and so is one whose machine is off.
+func (h *host) ResizeDisk(ctx context.Context, instance string, v cloud.Volume) error {
+	m, err := h.machine(instance)
+	off := err != nil
+	if !off {
+		select {
+		case <-m.Done():
+			off = true
+		default:
+		}
+	}
+	if off || v.Encrypted {
+		_, err := h.disk(ctx, v)
+		return err
+	}
+	return m.ResizeDisk(ctx, v.Disk, int64(v.SizeGiB)<<30)
+}
+
+// PowerOff presses the power button of an instance and waits until it is off.
+func (l *Lab) PowerOff(ctx context.Context, c *CVM) error {
+	m, err := l.host.machine(c.ID)
+	if err != nil {
+		return err
+	}
+	return m.Stop(ctx)
+}
+
+// PowerOn starts an instance that is off, with the devices that it had.
+func (l *Lab) PowerOn(ctx context.Context, c *CVM) error {
+	m, err := l.host.machine(c.ID)
+	if err != nil {
+		return err
+	}
+	m.follow()
+	<-m.done
+	return l.host.start(ctx, m.spec, l.host.timeline(c.ID))
+}
+
+// start starts a machine, which may have run before, and follows its console.
+func (h *host) start(ctx context.Context, spec cvm.Spec, timeline *Timeline) error {
+	vm, err := cvm.Start(ctx, spec)
+	if err != nil {
+		return err
+	}
+	h.keep(vm, spec, timeline)
+	return nil
+}
+
+// keep takes a running machine over.
+func (h *host) keep(vm *cvm.Machine, spec cvm.Spec, timeline *Timeline) {
+	ctx, cancel := context.WithCancel(context.Background())
+	run := &machine{Machine: vm, spec: spec, follow: cancel, done: make(chan struct{})}
+	go func() {
+		defer close(run.done)
+		follow(ctx, vm.Console(), timeline.readLine)
+	}()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.machines[spec.Name] = run
 }
 
 func (h *host) machineDir(instance string) string { return filepath.Join(h.dir, "cvm", instance) }

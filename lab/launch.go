@@ -88,6 +88,8 @@ type LaunchSpec struct {
 	NoUserData bool   // not even that
 	// DataDisks are the sizes, in GiB, of CBS disks.
 	DataDisks []int
+	// Disks are more of them, where something else than the size matters.
+	Disks []cloud.DiskSpec
 	// DiskContent is a raw file that each of them begins as; empty: they are blank.
 	DiskContent string
 	Image       string     // id, as ImportImage returned it; default: the lab's node image
@@ -135,6 +137,7 @@ func (l *Lab) Launch(ctx context.Context, s LaunchSpec) (*CVM, error) {
 	for _, size := range s.DataDisks {
 		spec.DataDisks = append(spec.DataDisks, cloud.DiskSpec{SizeGiB: size, Content: s.DiskContent})
 	}
+	spec.DataDisks = append(spec.DataDisks, s.Disks...)
 	in, err := l.Region.Launch(ctx, spec)
 	if err != nil {
 		return nil, fmt.Errorf("launch: %w", err)

@@ -4,11 +4,11 @@ package lab
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
-	"net"
+	"io/fs"
 	"os"
 	"regexp"
 	"slices"
@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/lab/cloud"
 	"github.com/tkenode/tkenode/lab/cvm"
 )
@@ -107,7 +108,7 @@ func TestNodeDiskStack(t *testing.T) {
 	for _, step := range []struct {
 		name string
 		run  func()
-	}{{"made", n.make}, {"restarted", n.restart}, {"power cycle", n.powerCycle}, {"torn out", n.tornOut}, {"swapped", n.swap}, {"keys", n.keys}} {
+	}{{"made", n.make}, {"restarted", n.restart}, {"grown", n.grow}, {"power cycle", n.powerCycle}, {"torn out", n.tornOut}, {"swapped", n.swap}, {"keys", n.keys}} {
 		step.run()
 		t.Logf("%s after %s", step.name, time.Since(began).Round(time.Second))
 	}
@@ -118,15 +119,14 @@ func (n *stacks) sh(command string) string {
 	return n.mustRun(n.t, n.c, command)
 }
 
-// plug plugs a small disk, which is blank if it was never there.
+// plug plugs a disk, which is small and blank if it was never there.
 func (n *stacks) plug(id string) {
 	n.t.Helper()
-	path := n.host.diskPath(id)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(n.host.diskPath(id), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err == nil {
 		err = errors.Join(f.Truncate(128<<20), f.Close())
 	}
-	if err == nil {
+	if err == nil || errors.Is(err, fs.ErrExist) {
 		err = n.host.PlugDisk(within(n.t, time.Minute), n.c.ID, cloud.Volume{Disk: id})
 	}
 	if err != nil {
@@ -169,6 +169,10 @@ func (n *stacks) kept() {
 	if got := n.sh("tkenode plan | grep -A3 ^disk/ || true"); got != "" {
 		n.t.Errorf("still planned:\n%s", got)
 	}
+	for unit, what := range map[string]string{"data.mount": "/dev/md128", "secret.mount": "/dev/dm-0"} {
+		want := "FragmentPath=/run/systemd/system/" + unit + " ActiveState=active NeedDaemonReload=no What=" + what
+		n.until("systemctl show -p FragmentPath -p ActiveState -p NeedDaemonReload -p What "+unit+" | sort -t= -k1,1", strings.Fields(want)...)
+	}
 }
 
 func (n *stacks) make() {
@@ -182,6 +186,7 @@ func (n *stacks) make() {
 	}
 	n.t.Logf("made:\n%s", n.sh("systemctl show -p NRestarts tkenode-agent; tkenode disks; tkenode explain disk "+stripe1+"; tkenode explain disk "+secretDisk+"; cat /proc/mdstat; journalctl -b -u tkenode-agent -o cat --no-pager | grep -iE 'disk|format' | tail -50"))
 	n.sh("for d in data secret; do head -c 20M /dev/urandom > /$d/file; done; sha256sum /data/file /secret/file > /root/sums; rm -r /usr/local/sbin/*; sync")
+	ready(n.t, n.Lab, n.c, 12*time.Minute)
 	// The key is nowhere that a program's arguments or the log would be.
 	if got := n.sh("k=$(od -An -tx1 -v /var/lib/tkenode/disk/" + secretDisk + ".key | tr -d ' \n' | head -c 32); journalctl -b -o cat | grep -c $k || true"); got != "0" {
 		n.t.Errorf("the journal has the key %s times", got)
@@ -193,59 +198,67 @@ func (n *stacks) restart() {
 	n.kept()
 }
 
-// powerCycle cuts the power, and starts the machine with the disks in another order
-// and one of them missing.
-func (n *stacks) powerCycle() {
-	if err := n.host.Destroy(within(n.t, time.Minute), n.c.ID); err != nil {
+// grow makes disks larger under their mounts: what is encrypted follows, a stripe says
+// that it does not.
+func (n *stacks) grow() {
+	n.resize(secretDisk, 384<<20)
+	n.resize(stripe0, 384<<20)
+	n.atLeast("/secret", 320)
+	n.until("tkenode disks", "GrowRefused: the stripe on /data uses", "of "+stripe0+" (/dev/vd", "unused: a stripe does not grow")
+	n.kept()
+}
+
+func (n *stacks) resize(id string, size int64) {
+	n.t.Helper()
+	m, err := n.host.machine(n.c.ID)
+	if err == nil {
+		err = m.ResizeDisk(within(n.t, time.Minute), id, size)
+	}
+	if err != nil {
 		n.t.Fatal(err)
 	}
-	n.powerOn(secretDisk, stripe2, stripe0)
+}
+
+// atLeast waits until a file system has so many MiB.
+func (n *stacks) atLeast(dir string, mib int) {
+	n.t.Helper()
+	n.until(fmt.Sprintf("[ $(($(stat -f -c '%%b*%%S' %s) >> 20)) -ge %d ] && echo grown", dir, mib), "grown")
+}
+
+// powerCycle cuts the power, and starts the machine with the disks in another order,
+// one of them larger and one missing.
+func (n *stacks) powerCycle() {
+	m, err := n.host.machine(n.c.ID)
+	if err == nil {
+		err = errors.Join(n.host.Destroy(within(n.t, time.Minute), n.c.ID), os.Truncate(n.host.diskPath(secretDisk), 640<<20))
+	}
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	spec := m.spec
+	spec.Disks = nil
+	for _, id := range []string{secretDisk, stripe2, stripe0} {
+		spec.Disks = append(spec.Disks, cvm.Disk{ID: id, Path: n.host.diskPath(id)})
+	}
+	if err := n.host.start(within(n.t, time.Minute), spec, n.c.Timeline); err != nil {
+		n.t.Fatal(err)
+	}
 	n.until("tkenode disks", "Absent", stripe1+" is not attached", "never used without one of them")
 	n.until(where, "/secret /dev/dm-0 ext4")
 	if got := n.sh("findmnt /data; ls -d /sys/block/md* 2>/dev/null; true"); got != "" {
 		n.t.Errorf("with a disk missing there is:\n%s", got)
 	}
+	n.atLeast("/secret", 560)
 	n.plug(stripe1)
 	n.kept()
 }
 
-func (n *stacks) powerOn(disks ...string) {
-	n.t.Helper()
-	spec := cvm.Spec{Name: n.c.ID, Dir: n.host.machineDir(n.c.ID)}
-	enis := n.Region.Snapshot().ENIs
-	slices.SortFunc(enis, func(a, b cloud.ENI) int { return a.DeviceIndex - b.DeviceIndex })
-	for _, e := range enis {
-		if e.Instance != n.c.ID {
-			continue
-		}
-		mac, err := net.ParseMAC(e.MAC)
-		if err != nil {
-			n.t.Fatal(err)
-		}
-		spec.NICs = append(spec.NICs, n.host.nic(cloud.NIC{ENI: e.ID, MAC: mac}))
-	}
-	for _, id := range disks {
-		spec.Disks = append(spec.Disks, cvm.Disk{ID: id, Path: n.host.diskPath(id)})
-	}
-	vm, err := cvm.Start(within(n.t, time.Minute), spec)
-	if err != nil {
-		n.t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	m := &machine{Machine: vm, follow: cancel, done: make(chan struct{})}
-	go func() { // host.Destroy waits for it
-		defer close(m.done)
-		follow(ctx, vm.Console(), n.c.Timeline.readLine)
-	}()
-	n.host.mu.Lock()
-	n.host.machines[n.c.ID] = m
-	n.host.mu.Unlock()
-}
-
-// tornOut takes a disk of the stripe, and the encrypted one, away under their mounts,
-// and brings them back once nothing is mounted any more.
+// tornOut takes a disk of the stripe, and the encrypted one, away under their mounts:
+// the node is fenced, and is as before once they are back.
 func (n *stacks) tornOut() {
 	n.sh("sync")
+	fleet := &losses{n.Lab, n.t, n.c}
+	fleet.cordoned(n.t, false)
 	m, err := n.host.machine(n.c.ID)
 	if err != nil {
 		n.t.Fatal(err)
@@ -255,10 +268,18 @@ func (n *stacks) tornOut() {
 			n.t.Fatal(err)
 		}
 	}
-	n.until("tkenode disks", stripe2+" is not attached", secretDisk+" is not attached")
-	n.sh("systemctl stop tkenode-agent; umount /data /secret 2>/dev/null; systemctl start tkenode-agent; true")
+	fleet.cordoned(n.t, true)
+	fleet.condition(n.t, node.IOError, node.True, "DiskGone")
+	n.until("tkenode disks",
+		stripe0+"+"+stripe1+"+"+stripe2+", which was mounted on /data, is gone since", "of "+stripe2+" its block device",
+		secretDisk+", which was mounted on /secret, is gone since", "of "+secretDisk+" its block device")
+	if out := n.sh("findmnt /data; findmnt /secret; touch /data/beneath /secret/beneath 2>/dev/null && echo written || true"); out != "" {
+		n.t.Errorf("the bare directories: %s", out)
+	}
 	n.plug(stripe2)
 	n.plug(secretDisk)
+	fleet.cordoned(n.t, false)
+	fleet.condition(n.t, node.IOError, node.False, "DiskAnswers")
 	n.kept()
 }
 

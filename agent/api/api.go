@@ -15,6 +15,7 @@ import (
 
 	"github.com/tkenode/tkenode/agent/disk"
 	"github.com/tkenode/tkenode/agent/eni"
+	"github.com/tkenode/tkenode/agent/kube"
 	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/agent/reconcile"
 )
@@ -39,6 +40,7 @@ type Source struct {
 	Warnings func() []node.Condition
 	ENI      func() (eni.State, error)
 	Disks    func() []disk.State
+	Volumes  func() Volumes
 	// Decide takes down what an operator has decided of a disk.
 	Decide  func(context.Context, disk.Order) error
 	Explain func(context.Context, eni.Question) (eni.Explanation, error)
@@ -57,6 +59,13 @@ type Status struct {
 	Warnings   []node.Condition           `json:"warnings,omitempty"`
 	Conditions []node.Condition           `json:"conditions"`
 	Instances  []reconcile.InstanceStatus `json:"instances"`
+}
+
+// Volumes are the disks that are attached and not of the NodeConfig, and how many
+// more may be.
+type Volumes struct {
+	Others []disk.Other `json:"others"`
+	Limit  kube.Limit   `json:"limit"`
 }
 
 // Identity says which node it is, once a configuration is sealed.

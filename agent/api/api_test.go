@@ -22,6 +22,7 @@ import (
 
 	"github.com/tkenode/tkenode/agent/disk"
 	"github.com/tkenode/tkenode/agent/eni"
+	"github.com/tkenode/tkenode/agent/kube"
 	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/agent/reconcile"
 )
@@ -62,6 +63,9 @@ func source() Source {
 		},
 		ENI: func() (eni.State, error) {
 			return eni.State{Now: since, ENIs: []eni.ENIState{{Slot: eni.Slot{ENI: "eni-pods0001"}, Device: "eth1"}}}, nil
+		},
+		Volumes: func() Volumes {
+			return Volumes{Others: []disk.Other{{DiskID: "disk-csi00001"}}, Limit: kube.Limit{Max: 20, Published: 18}}
 		},
 		Disks: func() []disk.State { return []disk.State{{DiskID: "disk-abc12345", State: disk.Mounted}} },
 		Decide: func(_ context.Context, o disk.Order) error {

@@ -83,6 +83,11 @@ func (c *Client) Disks(ctx context.Context) (all []disk.State, err error) {
 	return all, c.call(ctx, http.MethodGet, "/v1/disks", nil, &all)
 }
 
+// Volumes asks for the disks that are attached and not of the NodeConfig.
+func (c *Client) Volumes(ctx context.Context) (v Volumes, err error) {
+	return v, c.call(ctx, http.MethodGet, "/v1/volumes", nil, &v)
+}
+
 // Decide tells what an operator has decided of a disk.
 func (c *Client) Decide(ctx context.Context, o disk.Order) error {
 	return c.call(ctx, http.MethodPost, "/v1/disks", o, nil)

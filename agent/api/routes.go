@@ -47,6 +47,7 @@ var Routes = []Route{
 	{"GET", "/v1/facts", "what the metadata service said of this instance", read, (*Server).facts},
 	{"GET", "/v1/plan", "what every instance would change now", read, (*Server).plan},
 	{"GET", "/v1/status", "conditions and instances", read, (*Server).status},
+	{"GET", "/v1/volumes", "attached disks that are not of the NodeConfig, and how many volumes may be attached", read, (*Server).volumes},
 	{"POST", "/v1/wake", `have {"instance": "disk/disk-1a2b3c4d"}, or {} all, look again`, write, (*Server).wake},
 }
 
@@ -97,6 +98,13 @@ func (s *Server) disks(w http.ResponseWriter, _ *http.Request) error {
 		return errUnsealed
 	}
 	return respond(w, s.source.Disks())
+}
+
+func (s *Server) volumes(w http.ResponseWriter, _ *http.Request) error {
+	if _, ok := s.source.Sealed(); !ok {
+		return errUnsealed
+	}
+	return respond(w, s.source.Volumes())
 }
 
 func (s *Server) decide(w http.ResponseWriter, r *http.Request) error {

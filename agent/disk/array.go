@@ -105,7 +105,7 @@ func (s *superblock) is(i int, want node.DiskConfig, past entry, dev device) boo
 func fromMembers(want node.DiskConfig, at place, past entry, have observed) ([]step, error) {
 	var ours, blank, stuck []device // stuck: no array may be made of it
 	var reading []string
-	uuid, down := "", at.next() == array
+	uuid, down, hung := "", at.next() == array, false
 	for i, dev := range at.disks {
 		c := have.Members[dev.Serial]
 		if err := lasting(dev, c); err != nil && c.Proving == "" {
@@ -113,7 +113,7 @@ func fromMembers(want node.DiskConfig, at place, past entry, have observed) ([]s
 		}
 		switch {
 		case c.Proving != "":
-			reading = append(reading, c.Proving)
+			reading, hung = append(reading, c.Proving), hung || c.Hung
 		case down && have.decided(actFormat, dev):
 		case c.Unreadable != "":
 			return nil, unreadable(dev, c)
@@ -133,13 +133,13 @@ func fromMembers(want node.DiskConfig, at place, past entry, have observed) ([]s
 	}
 	switch {
 	case len(reading) > 0:
-		return nil, node.Waiting("Proving", "%s", strings.Join(reading, "; "))
+		return nil, node.Waiting(proving(hung), "%s", strings.Join(reading, "; "))
 	case len(ours) == len(at.disks) && past.State == "" && otherCluster(uuid, have.Cluster):
 		return nil, node.Terminal("OtherCluster", "attach other disks; or, once you have saved what you need of them, type: "+commands(actFormat, ours),
 			fmt.Errorf("%s are tkenode's array %s, made on a node of another cluster", names(ours), uuid))
 	case len(ours) == len(at.disks) && (down || at.up[0].State == "readonly"):
 		id := at.disks[0].Serial
-		return append([]step{{assemble, fmt.Sprintf("assemble %s (array %s)", list(want.DiskIDs), uuid)}}, thence(want, at.left, past, id)...), nil
+		return append([]step{{verb: assemble, text: fmt.Sprintf("assemble %s (array %s)", list(want.DiskIDs), uuid)}}, thence(want, at.left, past, id)...), nil
 	case len(ours) == len(at.disks):
 		return nil, nil
 	case !down:
@@ -147,7 +147,7 @@ func fromMembers(want node.DiskConfig, at place, past entry, have observed) ([]s
 	case len(stuck) == 0:
 		return fresh(want, at, have)
 	case len(ours) == 0:
-		return nil, lost(past, names(blank)+" read as blank", "if the data may be lost, type: "+commands(actFormat, stuck))
+		return nil, blanked(past, names(blank)+" read as blank", "if the data may be lost, type: "+commands(actFormat, stuck))
 	}
 	return nil, node.Terminal("Lost", "attach the disks that belong to it; or, if its data may be lost, type: "+commands(actFormat, stuck),
 		fmt.Errorf("of the array %s only %s are left, and %s", uuid, names(ours), cmp.Or(blankOnes(blank), "the others are to be erased")))

@@ -78,7 +78,7 @@ func fromHeader(want node.DiskConfig, at place, past entry, have observed) ([]st
 	case c.Unreadable != "":
 		return nil, unreadable(dev, c)
 	case c.Blank && past.State == stateFormatted:
-		return nil, lost(past, dev.String()+" reads as blank", "if its data may be lost, type: "+command(actFormat, dev))
+		return nil, blanked(past, dev.String()+" reads as blank", "if its data may be lost, type: "+command(actFormat, dev))
 	case c.Blank && len(dev.Partitions) == 0, ours && past.State == stateFormatting && h.Alone:
 		return fresh(want, at, have)
 	case ours && past.State == "" && otherCluster(h.UUID, have.Cluster):
@@ -92,7 +92,7 @@ func fromHeader(want node.DiskConfig, at place, past entry, have observed) ([]st
 	case ours:
 		return thence(want, at.left, past, dev.Serial), nil
 	case past.State == stateFormatting:
-		return nil, interrupted(dev, past, c)
+		return nil, interrupted(dev, c, past)
 	}
 	return nil, foreign(dev, c)
 }

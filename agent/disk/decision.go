@@ -111,7 +111,7 @@ func (d *Disk) Decide(ctx context.Context, o Order) error {
 	case c.Busy:
 		return refuse("%s is locked by another program", dev)
 	case o.Act == actAdopt && (!adoptable(c) || len(dev.Partitions) > 0):
-		return refuse("%s does not hold one file system, %s or %s, alone and undamaged, but %s", dev, node.Ext4, node.XFS, c)
+		return refuse("%s does not hold one file system, ext3, ext4 or xfs, alone and undamaged, but %s", dev, c)
 	case o.Act == actAdopt && c.Signatures[0] != string(d.want.FileSystem) && d.want.WhenNotBlank != node.MountFound:
 		return refuse("%s holds %s, the NodeConfig asks for %s: set fileSystem or whenNotBlank in it", dev, c, d.want.FileSystem)
 	case o.Act != actAdopt && o.Act != actFormat:

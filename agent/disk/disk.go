@@ -14,14 +14,19 @@
 // encrypted mapping (stack.go). They are made under the same proofs, and are raised only
 // when every disk is there and holds what the ledger, or a mark of ours, says.
 //
-// The package does not partition, resize, check or unmount, and it leaves the
-// disks of the CSI driver alone. A disk that it may not touch is described, with
-// the evidence, and left for a human.
+// Once it is mounted the disk is looked at again and again; one that goes, or turns
+// out to be another, is fenced: see fence.go. A mounted file system is grown when its
+// device is, and trimmed once a week.
+//
+// The package does not partition, check or unmount, and it leaves the disks of the CSI
+// driver alone. A disk that it may not touch is described, with the evidence, and
+// left for a human.
 package disk
 
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -40,16 +45,29 @@ type Disk struct {
 	firstBoot bool
 	cloud     Cloud
 	sys       string // where sysfs is mounted
+	boot      string // the kernel's name for this boot
 	ledger    ledger
 	log       *slog.Logger
 	account   account
 	patience  time.Duration // readPatience, but in tests
+	systemd   Systemd       // nil: it knows nothing of the mounts
+	run       string        // directory of notes that end with the boot
+	pods      string        // cgroup of all pods
+	self      string        // this program
+	tell      func()
+	poked     chan struct{} // capacity 1: the disk is to be looked at
+	tended    tended
+
+	helping sync.Mutex // held while a helper is waited for; guards helper
+	helper  *helper    // nil: none is out
 
 	// mu is held while the disk is looked at or changed: a look at a disk that is
 	// just being formatted would find something foreign on it. It guards the rest.
 	mu      sync.Mutex
 	proof   *proof // nil: no disk is being read
 	suspect suspect
+	growth  growth
+	serials map[string]string // that devices have told, by device number and diskseq
 	// parts are the disks of a stripe, each with its own proof. A part is nothing but
 	// that, and used under its Disk's mu; held is its claim once it is proven.
 	parts map[string]*Disk
@@ -64,16 +82,27 @@ type Options struct {
 	FirstBoot bool // Sealed was sealed in this boot
 	Cloud     Cloud
 	Ledger    string // directory in which is journalled what has been done to disks
-	Log       *slog.Logger
+	Run       string // directory of notes that end with the boot
+	// Systemd is told of the mounts, and stops what a disk that is gone would let write
+	// beneath it. Nil: nobody does.
+	Systemd Systemd
+	// Tell is called, and must not block, when the disk's health has changed or it is
+	// fenced, or is no longer.
+	Tell func()
+	Log  *slog.Logger
 }
 
 // New returns the module for one disk.
 func New(o Options) *Disk {
-	d := &Disk{want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", ledger: ledger(o.Ledger), log: o.Log, patience: readPatience}
+	if o.Tell == nil {
+		o.Tell = func() {}
+	}
+	d := &Disk{
+		want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", boot: bootID(), ledger: ledger(o.Ledger), log: o.Log,
+		patience: readPatience, systemd: o.Systemd, run: o.Run, pods: podsCgroup, self: "/proc/self/exe", tell: o.Tell, poked: make(chan struct{}, 1),
+		serials: map[string]string{}, parts: map[string]*Disk{}, tended: tended{moves: map[string]*progressing{}},
+	}
 	for _, id := range o.Want.DiskIDs {
-		if d.parts == nil {
-			d.parts = map[string]*Disk{}
-		}
 		part := o
 		part.Want = node.DiskConfig{DiskID: id, MountPoint: o.Want.MountPoint}
 		d.parts[id] = New(part)
@@ -86,14 +115,18 @@ func (d *Disk) Close() {
 	if d.mu.TryLock() {
 		defer d.mu.Unlock()
 		d.drop()
+		d.abandon()
 	}
 }
 
-// Name returns "disk/<disk id>", for a stripe its first disk's, or "disk/data" for
-// the only data disk.
+// Name returns "disk/<disk id>", of a stripe its first disk's, "disk<mount point>" for
+// one that a selector finds, or "disk/data" for the only data disk.
 func (d *Disk) Name() string {
-	if ids := d.want.IDs(); len(ids) > 0 {
-		return "disk/" + ids[0]
+	switch id := d.firstID(); {
+	case id != "":
+		return "disk/" + id
+	case d.want.Selector != (node.DiskSelector{}):
+		return "disk" + d.want.MountPoint
 	}
 	return "disk/data"
 }
@@ -118,12 +151,17 @@ func (d *Disk) Plan(ctx context.Context) (node.Plan, error) {
 	switch node.ReasonOf(err, "") {
 	case "Settling":
 		p.Again = settlePoll // nothing tells when udev is done
-	case "Proving":
+	case Proving, Hung:
 		p.Again = progressEvery
 	}
+	if have.Growing != "" {
+		p.Again = growPoll
+	}
+	// What is left to do for a mounted disk takes nothing from who uses it.
+	p.Serving = len(steps) > 0 && slices.Contains([]verb{publish, reload, grow}, steps[0].verb)
 	d.stands(have, steps, err)
 	for _, s := range steps {
-		p.Add(func(ctx context.Context) error { return d.do(ctx, s.verb) }, "%s", s.text)
+		p.Add(func(ctx context.Context) error { return d.do(ctx, s) }, "%s", s.text)
 	}
 	return p, err
 }
@@ -137,7 +175,8 @@ func (d *Disk) Apply(ctx context.Context, p node.Plan) error {
 
 // do carries one step out if it is still what is to be done first. The caller
 // holds mu.
-func (d *Disk) do(ctx context.Context, v verb) error {
+func (d *Disk) do(ctx context.Context, s step) error {
+	v := s.verb
 	have, err := d.observe(ctx, v != format || d.want.Layered())
 	if err != nil {
 		return err
@@ -149,8 +188,17 @@ func (d *Disk) do(ctx context.Context, v verb) error {
 	if err != nil {
 		return err
 	}
-	if len(steps) == 0 || steps[0].verb != v {
+	if len(steps) == 0 || steps[0].verb != v || steps[0].unit != s.unit {
 		return nil // somebody was faster; the next plan tells
+	}
+	switch v {
+	case record:
+		return d.keep(ctx, have)
+	case join:
+		return d.join(ctx, have.Attach.Disk.ID)
+	case publish, reload, halt, quell, detach, bury:
+		defer d.poke()
+		return d.after(ctx, s, have)
 	}
 	at, err := raise(d.want, have)
 	if err != nil {
@@ -171,17 +219,20 @@ func (d *Disk) do(ctx context.Context, v verb) error {
 			e.Proof = past.Proof // it was made here, and cut off before that was journalled
 		}
 		return d.ledger.write(e)
-	case stop:
-		if at.stale != nil && at.stale.Kind == array {
-			return d.setArray(at.stale.Name, "array_state", "clear")
+	case lower:
+		if at.stale != nil {
+			return at.stale.lower(ctx)
 		}
-		return d.closeCrypt(ctx, dev)
+		return at.up[len(at.up)-1].lower(ctx)
 	case assemble:
 		defer d.account.begin("assemble")()
 		return d.assemble(ctx, at, have)
 	case unlock:
 		defer d.account.begin("open")()
 		return d.unlock(ctx, at)
+	case grow:
+		m, _ := have.at(d.want.MountPoint)
+		return d.grow(ctx, dev, m, have.FSBytes)
 	default:
 		defer d.account.begin("mount")()
 		return d.mount(dev, have.Content.Signatures[0])

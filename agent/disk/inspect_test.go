@@ -26,6 +26,7 @@ type fakeDisk struct {
 	how   func(b []byte, n int) (int, error) // what the failing read does
 }
 
+//go:norace // as that of sparse
 func (d *fakeDisk) ReadAt(b []byte, at int64) (int, error) {
 	read := d.reads.Add(1)
 	if at < 0 || at+int64(len(b)) > d.size {
@@ -65,6 +66,12 @@ func TestZerosAreBlank(t *testing.T) {
 		if c := judged(&fakeDisk{size: size}, size); !c.Blank || c.Unreadable != "" {
 			t.Errorf("%d bytes of zeros: %v", size, c)
 		}
+	}
+}
+
+func TestNothingToReadIsNotBlank(t *testing.T) {
+	if c := judged(&fakeDisk{}, 0); c.Blank || c.Unreadable == "" {
+		t.Errorf("a disk without capacity: %+v", c)
 	}
 }
 

@@ -20,22 +20,34 @@ import (
 // observe reads what decide needs; what is on the disk, only if it is asked for
 // and nobody uses the disk.
 func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
-	have := observed{Listed: d.sealed.Facts.DataDisks, Cluster: d.sealed.Config.Cluster.ID}
+	have := observed{Listed: d.sealed.Facts.DataDisks, Cluster: d.sealed.Config.Cluster.ID, Boot: d.boot}
 	var err error
 	// A disk that is mounted needs no ledger.
 	have.Ledger, have.ledgerErr = d.ledger.read()
-	if have.Link, err = link(d.want.MountPoint); err != nil {
-		return have, err
-	}
 	// Source: systemd src/udev/udevadm-settle.c
 	if _, err := os.Lstat("/run/udev/queue"); err == nil {
 		have.Settling = true
 	}
-	if have.Devices, err = devices(d.sys); err != nil {
-		return have, err
-	}
 	if have.Mounts, err = mounts(); err != nil {
 		return have, err
+	}
+	_, mounted := have.at(d.want.MountPoint)
+	if !mounted { // else it is no link, and a look at it may fail, or hang
+		if have.Link, err = link(d.want.MountPoint); err != nil {
+			return have, err
+		}
+	}
+	if err := d.observeServing(ctx, &have); err != nil {
+		return have, err
+	}
+	if have.Devices, err = d.devices(mounted, have.Was); err != nil {
+		return have, err
+	}
+	if mounted {
+		if have.Unit, err = d.observeUnit(); err != nil {
+			return have, err
+		}
+		have.Stopped = d.tended.readOnly()
 	}
 	if have.Swaps, err = swaps(); err != nil {
 		return have, err
@@ -45,8 +57,17 @@ func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
 			return have, err
 		}
 	}
+	have.Binding, have.fresh, have.boundErr = d.bound(ctx, have)
 	at, err := raise(d.want, have)
-	_, mounted := have.at(d.want.MountPoint)
+	if d.want.Attach && node.ReasonOf(err, "") == absent {
+		if have.Attach, err = d.attachable(ctx, have.missing(d.want)); err != nil {
+			return have, err
+		}
+		return have, nil
+	}
+	if m, _ := have.at(d.want.MountPoint); err == nil && mounted && have.Lost == "" {
+		d.size(at, m, &have)
+	}
 	if err != nil || mounted || have.ledgerErr != nil || at.unused(have) != nil {
 		d.drop()         // whatever is read, it is not to be formatted
 		return have, nil // decide says why again
@@ -100,13 +121,23 @@ func (d *Disk) content(ctx context.Context, dev device, look bool) (content, err
 	case d.held != nil:
 		return content{Blank: true}, nil
 	case p != nil && !p.ended():
-		return content{Proving: p.progress(time.Now())}, nil
+		text, hung := p.progress(time.Now())
+		return content{Proving: text, Hung: hung}, nil
 	case p != nil && p.found.Blank:
 		return content{Blank: true}, nil
 	case p != nil:
 		d.conclude(ctx) // which notes what was found, and where to look for it again
 	}
 	return d.look(ctx, dev)
+}
+
+// bootID returns the kernel's name for this boot, see random(4).
+func bootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "" // a kernel of which nothing is known
+	}
+	return strings.TrimSpace(string(b))
 }
 
 // link returns where path leads if a part of it is a symbolic link, else nothing.
@@ -194,7 +225,7 @@ func (d *Disk) same(dev device) error {
 	if len(dev.under) > 0 {
 		return d.sameLayer(dev)
 	}
-	now, err := readDevice(d.sys, dev.Name)
+	now, err := readDevice(d.sys, dev.Name, nil)
 	if err != nil {
 		return err
 	}
@@ -220,12 +251,18 @@ func (d *Disk) mount(dev device, fs string) error {
 	if err := makeImmutable(target); err != nil {
 		d.log.Warn("the mount point stays writable when nothing is mounted on it", "disk", dev.Serial, "dir", target, "err", err)
 	}
-	options := ""
-	if fs == string(node.Ext4) {
-		options = "errors=remount-ro"
+	options := "errors=remount-ro"
+	if fs == string(node.XFS) {
+		// A disk that was made from a snapshot has the UUID of the one that the snapshot
+		// was taken of, and xfs mounts only one of a UUID. Here disks are told by serial.
+		options = "nouuid"
 	}
-	if err := unix.Mount("/dev/"+dev.Name, target, fs, unix.MS_NOATIME, options); err != nil {
-		return fmt.Errorf("mount %s on %s: %w", dev, target, err)
+	source := "/dev/" + dev.Name // which pin keeps from being another's
+	if err := d.publishUnit(dev, fs, source); err != nil {
+		return err
+	}
+	if err := unix.Mount(source, target, fs, unix.MS_NOATIME, options); err != nil {
+		return unmountable(fmt.Errorf("mount %s (%s) on %s: %w", dev, fs, target, err))
 	}
 	all, err := mounts()
 	if err == nil {
@@ -238,7 +275,21 @@ func (d *Disk) mount(dev device, fs string) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("verify mount of %s on %s: %w", dev, target, err), unix.Unmount(target, 0))
 	}
-	return nil
+	d.tended.mounted(dev.ids())
+	defer d.poke()
+	return d.setNote(noteOf(dev))
+}
+
+// unmountable says what to do about a file system that the kernel does not mount. Only
+// a damaged one is a case for a human: others may come right.
+func unmountable(err error) error {
+	// EUCLEAN and EBADMSG are what xfs and ext4 call EFSCORRUPTED and EFSBADCRC.
+	for _, damage := range []error{unix.EUCLEAN, unix.EBADMSG, unix.EINVAL} {
+		if errors.Is(err, damage) {
+			return node.Terminal("Unmountable", "see `dmesg` for what the kernel found; check it (`e2fsck -fn`, `xfs_repair -n`), repair it or roll the disk back to a snapshot", err)
+		}
+	}
+	return err
 }
 
 func makeImmutable(dir string) error {
@@ -255,42 +306,71 @@ func makeImmutable(dir string) error {
 	return unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, flags|immutable)
 }
 
-// devices lists the block devices that have a serial.
-func devices(sys string) ([]device, error) {
+// devices lists the block devices that have a serial. One that hangs would hang the
+// agent: it is not asked, and is what it has told before, if it has. While the disk
+// is mounted, all that have told theirs are not asked again. Whoever formats or mounts
+// asks once more.
+func (d *Disk) devices(mounted bool, was *serving) ([]device, error) {
+	ask := func(dir, dev, seq string) (string, error) {
+		if mounted && was != nil && was.Gone.IsZero() {
+			for _, s := range was.disks() {
+				if dev == s.Dev && seq == s.Seq {
+					return s.DiskID, nil
+				}
+			}
+		}
+		told, ok := "", false
+		if seq != "" {
+			told, ok = d.serials[dev+" "+seq]
+		}
+		if ok && mounted || !alive(dir) {
+			return told, nil
+		}
+		serial, err := readSerial(dir)
+		if err == nil && serial != "" {
+			d.serials[dev+" "+seq] = serial
+		}
+		return serial, err
+	}
+	return devices(d.sys, ask)
+}
+
+// devices lists the block devices that have a serial, and asks them as readDevice does.
+func devices(sys string, ask func(dir, dev, seq string) (string, error)) ([]device, error) {
 	entries, err := os.ReadDir(filepath.Join(sys, "block"))
 	if err != nil {
 		return nil, fmt.Errorf("list block devices: %w", err)
 	}
 	var all []device
 	for _, e := range entries {
-		d, err := readDevice(sys, e.Name())
+		found, err := readDevice(sys, e.Name(), ask)
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
 			continue // no serial, or just gone
 		}
 		if err != nil {
 			return nil, err
 		}
-		all = append(all, d)
+		all = append(all, found)
 	}
 	return all, nil
 }
 
-// readDevice reads a device's attributes; without a serial it is ErrNotExist.
-func readDevice(sys, name string) (device, error) {
+// readDevice reads a device's attributes; without a serial it is ErrNotExist. The
+// serial is read from the device itself, unless somebody else is to be asked.
+func readDevice(sys, name string, ask func(dir, dev, seq string) (string, error)) (device, error) {
 	dir := filepath.Join(sys, "block", name)
 	d := device{Name: name}
-	// virtio-blk asks the device at each read, and answers with nothing on an
-	// error. Source: linux drivers/block/virtio_blk.c, serial_show
-	serial, err := attribute(dir, "serial")
-	if errors.Is(err, fs.ErrNotExist) {
-		serial, err = attribute(dir, "device/serial") // NVMe
+	err := d.readAttributes(dir)
+	if err != nil {
+		return d, err
+	}
+	if ask != nil {
+		d.Serial, err = ask(dir, d.Dev, d.Seq)
+	} else {
+		d.Serial, err = readSerial(dir)
 	}
 	if err != nil {
 		return d, fmt.Errorf("read serial of %s: %w", name, err)
-	}
-	d.Serial = serial
-	if err := d.readAttributes(dir); err != nil {
-		return d, err
 	}
 	return d, d.readUsers(dir)
 }
@@ -298,6 +378,9 @@ func readDevice(sys, name string) (device, error) {
 // readAttributes reads what every block device has.
 func (d *device) readAttributes(dir string) (err error) {
 	if d.Dev, err = attribute(dir, "dev"); err != nil {
+		return fmt.Errorf("read device %s: %w", d.Name, err)
+	}
+	if d.Seq, err = attribute(dir, "diskseq"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("read device %s: %w", d.Name, err)
 	}
 	sectors, err := attribute(dir, "size")
@@ -313,9 +396,6 @@ func (d *device) readAttributes(dir string) (err error) {
 		return fmt.Errorf("read device %s: %w", d.Name, err)
 	}
 	d.ReadOnly = ro != "0"
-	if d.Seq, err = attribute(dir, "diskseq"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("read device %s: %w", d.Name, err)
-	}
 	return nil
 }
 

@@ -56,7 +56,7 @@ func newBench(t *testing.T, fs node.FileSystem, prepare func(file string)) *benc
 	})
 	b.Disk = New(Options{
 		Want:   node.DiskConfig{DiskID: serial, FileSystem: fs, MountPoint: mnt},
-		Ledger: filepath.Join(dir, "ledger"), Log: slog.New(slog.DiscardHandler),
+		Ledger: filepath.Join(dir, "ledger"), Run: filepath.Join(dir, "run"), Log: slog.New(slog.DiscardHandler),
 	})
 	t.Cleanup(b.Disk.Close)
 	b.Disk.sys = filepath.Join(dir, "sys")
@@ -67,16 +67,7 @@ func newBench(t *testing.T, fs node.FileSystem, prepare func(file string)) *benc
 // plug makes a device appear with a serial.
 func (b *bench) plug(t *testing.T, name, serial string) {
 	t.Helper()
-	dir := filepath.Join(b.sys, "block", name)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	for _, a := range []string{"dev", "size", "ro", "holders", "diskseq", "stat"} {
-		if err := os.Symlink(filepath.Join("/sys/block", name, a), filepath.Join(dir, a)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	b.setSerial(t, serial)
+	sysfsEntry(t, b.sys, name, serial)
 }
 
 func (b *bench) setSerial(t *testing.T, serial string) {
@@ -197,7 +188,7 @@ func TestKernelProofIsKept(t *testing.T) {
 	}
 	e := all[serial]
 	proof := e.Proof
-	e.State = stateFormatting
+	e.State, e.Boot = stateFormatting, b.boot
 	if err := errors.Join(unix.Unmount(b.want.MountPoint, 0), b.ledger.write(e)); err != nil {
 		t.Fatal(err)
 	}

@@ -38,6 +38,8 @@ type entry struct {
 	// that the disk is the first member of, and the UUID of the LUKS2 header.
 	Array *madeArray `json:"array,omitempty"`
 	Crypt string     `json:"crypt,omitempty"`
+	// Boot is that in which formatting began, and only told until it has ended.
+	Boot string `json:"boot,omitempty"`
 }
 
 func (e entry) valid(id string) error {
@@ -118,6 +120,20 @@ func decodeEntry(id string, b []byte) (entry, error) {
 func (l ledger) write(e entry) error {
 	e.At = time.Now().UTC().Truncate(time.Second)
 	return l.store(e.DiskID+".json", e)
+}
+
+// resize notes that a disk, and what is on it, is larger than it was.
+func (l ledger) resize(id string, size int64) error {
+	all, err := l.read()
+	if err != nil {
+		return err
+	}
+	e, ok := all[id]
+	if !ok || e.SizeBytes == size {
+		return nil
+	}
+	e.SizeBytes = size
+	return l.store(id+".json", e) // dated as it was: nothing else was done
 }
 
 // store writes v as a file, and returns once it is on stable storage.

@@ -29,7 +29,11 @@ func parseMountinfo(text string) ([]mount, error) {
 	return all, nil
 }
 
-func readOnly(options string) bool { return slices.Contains(strings.Split(options, ","), "ro") }
+// readOnly knows both words: since Linux 6.15 ext4 says emergency_ro of what it has
+// made read-only itself.
+func readOnly(options string) bool {
+	return slices.ContainsFunc(strings.Split(options, ","), func(o string) bool { return o == "ro" || o == "emergency_ro" })
+}
 
 // unescape undoes \040 and the like.
 func unescape(s string) string {

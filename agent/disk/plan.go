@@ -12,133 +12,32 @@ import (
 	"github.com/tkenode/tkenode/agent/node"
 )
 
-// observed is the machine as far as one disk is concerned.
-type observed struct {
-	Devices []device         `json:"devices"`
-	Mounts  []mount          `json:"mounts,omitempty"`
-	Swaps   []string         `json:"swaps,omitempty"`  // names of devices: vdb, vdb1
-	Ledger  map[string]entry `json:"ledger,omitempty"` // by disk id
-	Content content          `json:"content,omitzero"` // of the wanted disk, unless it is mounted
-	// Layers are the devices that are made of others; Members is what the disks of a
-	// stripe hold, by id; Key is how the key of an encrypted disk stands.
-	Layers  []layer            `json:"layers,omitempty"`
-	Members map[string]content `json:"members,omitempty"`
-	// Beneath is what the device under an open mapping holds, if making it was cut off.
-	Beneath content  `json:"beneath,omitzero"`
-	Key     keyState `json:"key,omitzero"`
-	Listed  []string `json:"listed,omitempty"` // ids of the data disks that the metadata service knows
-	// Decision is what an operator has decided for the wanted disk, and not yet done.
-	Decision *decision `json:"decision,omitempty"`
-	// Decisions are those for the disks of a stripe, by id.
-	Decisions map[string]*decision `json:"decisions,omitempty"`
-	Cluster   string               `json:"cluster,omitempty"` // of the node
-	// Link is where the mount point leads if a part of it is a symbolic link.
-	Link string `json:"link,omitempty"`
-	// Settling says that udev is at work: there may be devices that are not seen yet.
-	Settling  bool  `json:"settling,omitempty"`
-	ledgerErr error // why Ledger is not complete; nil: it is
-}
-
-// device is a whole block device with a serial attribute.
-type device struct {
-	Name       string `json:"name"`   // vdb: where it is now, never what it is
-	Dev        string `json:"dev"`    // 253:16
-	Serial     string `json:"serial"` // read live; empty means unknown, not none
-	SizeBytes  int64  `json:"sizeBytes"`
-	Seq        string `json:"-"` // diskseq: no two devices of a boot share it; empty before Linux 5.15
-	ReadOnly   bool   `json:"readOnly,omitempty"`
-	Partitions []part `json:"partitions,omitempty"`
-	// Holders are the devices stacked on it or on one of its partitions: dm-0, md0.
-	Holders []string `json:"holders,omitempty"`
-	// Of a device that is made of others: the ids of the disks at the bottom, of which
-	// Serial is the first, and the devices right beneath.
-	ids   []string
-	under []device
-}
-
-type part struct {
-	Name string `json:"name"`
-	Dev  string `json:"dev"`
-}
-
-// mount is a line of mountinfo.
-type mount struct {
-	Dev    string `json:"dev"`
-	Target string `json:"target"`
-	FSType string `json:"fsType"`
-	Source string `json:"source,omitempty"`
-	Subdir string `json:"subdir,omitempty"` // of the file system that is mounted; empty: all of it
-	// ReadOnly is true if the mount or its file system is, as ext4 makes itself
-	// after an error.
-	ReadOnly bool `json:"readOnly,omitempty"`
-}
-
-// content is what reading a disk showed.
-type content struct {
-	// Unreadable is the first read error. Nothing else is known then.
-	Unreadable string `json:"unreadable,omitempty"`
-	// Busy says that another program holds the disk's lock.
-	Busy bool `json:"busy,omitempty"`
-	// Blank says that all that was read is zero. A plan rests on a glance; who formats
-	// has the disk proven blank.
-	Blank bool `json:"blank,omitempty"`
-	// Proving says how far the reading of every block is, if it is under way.
-	Proving string `json:"proving,omitempty"`
-	// Signatures names everything recognised; UUID and Label are those of the
-	// file system if there is exactly one signature and it is ext4 or xfs.
-	Signatures []string `json:"signatures,omitempty"`
-	UUID       string   `json:"uuid,omitempty"`
-	Label      string   `json:"label,omitempty"`
-	// Member and Header are there if the superblock of an md array, or a LUKS2 header,
-	// is undamaged. What the data behind them looks like says nothing.
-	Member   *superblock `json:"member,omitempty"`
-	Header   *header     `json:"header,omitempty"`
-	Evidence string      `json:"evidence,omitempty"` // first bytes found, and where
-	at       int64       // of what was found beyond a glance
-}
-
-func (c content) String() string {
-	var b strings.Builder
-	switch {
-	case c.Blank:
-		return "nothing"
-	case c.Unreadable != "":
-		return "something unreadable (" + c.Unreadable + ")"
-	case len(c.Signatures) == 0:
-		b.WriteString("data that no known signature explains")
-	default:
-		b.WriteString(strings.Join(c.Signatures, " and "))
-	}
-	if m := c.Member; m != nil {
-		fmt.Fprintf(&b, " (disk %d of %d of the array %s, named %q)", m.Role, m.Disks, m.UUID, m.Name)
-	}
-	if h := c.Header; h != nil {
-		fmt.Fprintf(&b, " (uuid %s, label %q)", h.UUID, h.Label)
-	}
-	if c.UUID != "" {
-		fmt.Fprintf(&b, " (uuid %s, label %q)", c.UUID, c.Label)
-	}
-	if c.Evidence != "" {
-		fmt.Fprintf(&b, ", %s", c.Evidence)
-	}
-	return b.String()
-}
-
 type verb string
 
 const (
 	format verb = "format"
 	adopt  verb = "adopt"
 	attach verb = "mount"
-
+	grow   verb = "grow"
+	record verb = "bind"   // what the selector means
+	join   verb = "attach" // the disk to the instance
+	// What stands between disks and file system: see stack.go.
 	assemble verb = "assemble" // the array of a stripe
 	unlock   verb = "open"     // the mapping of an encrypted disk
-	stop     verb = "stop"     // a layer that was not finished
+	lower    verb = "lower"    // a layer that is not complete, or of no use
+	// What comes after: see fence.go, mountunit.go.
+	publish verb = "publish"
+	reload  verb = "reload"
+	halt    verb = "stop"
+	quell   verb = "kill"
+	detach  verb = "unmount"
+	bury    verb = "note"
 )
 
 type step struct {
 	verb verb
 	text string
+	unit string // of halt
 }
 
 // decide returns what has to be done to the wanted disk, or why nothing may be.
@@ -147,12 +46,27 @@ func decide(want node.DiskConfig, have observed) ([]step, error) {
 		return nil, node.Terminal("MountPointIsLink", fmt.Sprintf("set disks[].mountPoint: %s in the NodeConfig, or make it a directory", have.Link),
 			fmt.Errorf("%s leads to %s by a symbolic link", want.MountPoint, have.Link))
 	}
+	if b := have.Binding; b != nil && b.At.IsZero() {
+		return []step{{verb: record, text: fmt.Sprintf("bind %s to %s by its selector (%s): %s", b.MountPoint, b.DiskID, describeSelector(b.Selector), b.Source)}}, nil
+	}
+	// One that is gone may be attached again.
+	if steps, err := fence(want, have); len(steps) > 0 || err != nil && have.Attach == nil {
+		return steps, err
+	}
 	at, err := raise(want, have)
+	if err != nil && have.Attach != nil {
+		return attaching(want, *have.Attach)
+	}
 	if err != nil {
 		return nil, cmp.Or(have.ledgerErr, err)
 	}
 	if m, ok := have.at(want.MountPoint); ok {
-		return nil, at.mounted(m)
+		m.ReadOnly = m.ReadOnly || have.Stopped
+		if err := at.mounted(m); err != nil {
+			return nil, err
+		}
+		dev := at.dev()
+		return append(published(want, dev, m, have), grown(dev, m, have)...), nil
 	}
 	if have.ledgerErr != nil {
 		return nil, have.ledgerErr
@@ -173,12 +87,9 @@ func decide(want node.DiskConfig, have observed) ([]step, error) {
 
 // bind returns the one device that is the wanted disk.
 func bind(want node.DiskConfig, have observed) (device, error) {
-	id := want.DiskID
-	if id == "" {
-		var err error
-		if id, err = onlyDataDisk(want, have); err != nil {
-			return device{}, err
-		}
+	id, err := have.identity(want)
+	if err != nil {
+		return device{}, err
 	}
 	var found []device
 	var mute []string
@@ -198,11 +109,37 @@ func bind(want node.DiskConfig, have observed) (device, error) {
 		if len(mute) > 0 {
 			text += fmt.Sprintf(" (%s has not told its serial)", strings.Join(mute, ", "))
 		}
-		return device{}, node.Waiting("Absent", "%s", text)
+		return device{}, node.Waiting(absent, "%s", text)
 	default:
 		return device{}, node.Terminal("Ambiguous", "detach all but the right one",
 			fmt.Errorf("%d block devices claim the serial %s: %s", len(found), id, names(found)))
 	}
+}
+
+// absent is the reason of a disk that is not attached.
+const absent = "Absent"
+
+// identity returns the id of the wanted disk.
+func (o observed) identity(want node.DiskConfig) (string, error) {
+	switch {
+	case want.DiskID != "":
+		return want.DiskID, nil
+	case o.boundErr != nil:
+		return "", o.boundErr
+	case o.Binding != nil:
+		return o.Binding.DiskID, nil
+	}
+	return onlyDataDisk(want, o)
+}
+
+// missing returns the first of the named disks that is not there.
+func (o observed) missing(want node.DiskConfig) string {
+	for _, id := range want.IDs() {
+		if !slices.ContainsFunc(o.Devices, func(d device) bool { return d.Serial == id }) {
+			return id
+		}
+	}
+	return ""
 }
 
 // diskID is what a CBS disk's serial looks like; virtio carries 20 bytes of it.
@@ -213,7 +150,7 @@ var diskID = regexp.MustCompile(`^disk-[a-z0-9]{1,15}$`)
 func onlyDataDisk(want node.DiskConfig, have observed) (string, error) {
 	var known []string
 	for id, e := range have.Ledger {
-		if e.MountPoint == want.MountPoint {
+		if e.MountPoint == want.MountPoint && e.DiskID == id { // once for a stripe
 			known = append(known, id)
 		}
 	}
@@ -247,7 +184,7 @@ func onlyDataDisk(want node.DiskConfig, have observed) (string, error) {
 		}
 		return found[0].Serial, nil
 	case 0:
-		return "", node.Waiting("Absent", "no data disk is attached; one is wanted for %s", want.MountPoint)
+		return "", node.Waiting(absent, "no data disk is attached; one is wanted for %s", want.MountPoint)
 	default:
 		return "", node.Terminal("Ambiguous", "set disks[].diskID in the NodeConfig",
 			fmt.Errorf("the NodeConfig names no disk for %s and %d are attached: %s", want.MountPoint, len(found), names(found)))
@@ -305,20 +242,25 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 	}
 	switch {
 	case decided(actFormat):
-		return []step{{format, fmt.Sprintf("format %s with %s over whatever it holds, as %s", dev, fs, have.Decision)}, mount}, nil
+		return []step{{verb: format, text: fmt.Sprintf("format %s with %s over whatever it holds, as %s", dev, fs, have.Decision)}, mount}, nil
 	case c.Unreadable != "":
 		return nil, unreadable(dev, c)
 	case c.Blank && past.State == stateFormatted:
-		return nil, lost(past, dev.String()+" reads as blank", "if its data may be lost, type: "+command(actFormat, dev))
+		return nil, blanked(past, dev.String()+" reads as blank", "if its data may be lost, type: "+command(actFormat, dev))
+	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0 && want.FileSystem == node.Ext3:
+		return nil, node.Terminal("Ext3NotMade", "set fileSystem: ext4 in the NodeConfig", fmt.Errorf("%s is blank, and ext3 is only mounted where it is found", dev))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
-		return []step{{format, fmt.Sprintf("format %s with %s once it is proven blank", dev, fs)}, mount}, nil
+		return []step{{verb: format, text: fmt.Sprintf("format %s with %s once it is proven blank", dev, fs)}, mount}, nil
+	case one && ours && past.State == stateFormatting && past.Boot != have.Boot && !decided(actAdopt):
+		// The power may have gone before all of it was on the disk.
+		return nil, interrupted(dev, c, past)
 	case one && ours && c.UUID != past.UUID && otherCluster(c.UUID, have.Cluster) &&
 		want.WhenNotBlank != node.MountFound && !decided(actAdopt):
 		return nil, node.Terminal("OtherCluster", "attach another disk; or, to use it as it is, type: "+command(actAdopt, dev),
 			fmt.Errorf("%s holds tkenode's %s, made on a node of another cluster", dev, c))
 	case one && ours, one && adoptable(c) && (want.WhenNotBlank == node.MountFound || decided(actAdopt)):
 		found := c.Signatures[0]
-		mount.text = fmt.Sprintf("mount %s (%s) on %s", dev.Serial, found, want.MountPoint)
+		mount = mountStep(want, dev.Serial, found)
 		if found != fs && want.WhenNotBlank != node.MountFound {
 			return nil, node.Terminal("WrongFileSystem", fmt.Sprintf("set fileSystem: %s in the NodeConfig", c.Signatures[0]),
 				fmt.Errorf("%s holds %s, the NodeConfig asks for %s", dev, c, fs))
@@ -330,9 +272,9 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 		if !ours {
 			whose = "another's"
 		}
-		return []step{{adopt, fmt.Sprintf("adopt %s: it holds %s %s (uuid %s)", dev.Serial, whose, c.Signatures[0], c.UUID)}, mount}, nil
+		return []step{{verb: adopt, text: fmt.Sprintf("adopt %s: it holds %s %s (uuid %s)", dev.Serial, whose, c.Signatures[0], c.UUID)}, mount}, nil
 	case past.State == stateFormatting:
-		return nil, interrupted(dev, past, c)
+		return nil, interrupted(dev, c, past)
 	}
 	if len(dev.Partitions) > 0 {
 		c.Signatures = append([]string{"partitions"}, c.Signatures...)
@@ -340,15 +282,45 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 	return nil, foreign(dev, c)
 }
 
-func interrupted(dev device, past entry, c content) error {
-	return node.Terminal("FormatInterrupted", eraseIt+command(actFormat, dev),
-		fmt.Errorf("formatting %s began on %s and was cut off; it now holds %s", dev, past.At.Format("2006-01-02 15:04:05Z"), c))
+// published returns what is left to do for a disk that is mounted where it belongs:
+// systemd and the next agent have to know of it.
+func published(want node.DiskConfig, dev device, m mount, have observed) []step {
+	u := have.Unit
+	if u == nil {
+		return nil
+	}
+	was := have.Was
+	switch name := unitName(want.MountPoint); {
+	case was == nil || !was.of(dev) || !was.Gone.IsZero() || u.Text != unitText(dev.ids(), m.Source, want.MountPoint, m.FSType):
+		return []step{{verb: publish, text: fmt.Sprintf("publish %s as %s", dev.Serial, name)}}
+	case u.Stale:
+		return []step{{verb: reload, text: fmt.Sprintf("reload systemd's units: it has not read %s", u.Path)}}
+	}
+	return nil
+}
+
+// proving is the reason of a disk that is read.
+func proving(hung bool) string {
+	if hung {
+		return Hung
+	}
+	return Proving
 }
 
 func unreadable(dev device, c content) error {
 	return &node.Error{Class: node.ClassTransient, Reason: "Unreadable",
 		Fix: "look at `dmesg`, and detach the disk if it is broken; if it holds nothing that you need and both its ends can be read, type: " + command(actFormat, dev),
 		Err: fmt.Errorf("%s cannot be read, so it counts as holding data: %s", dev, c.Unreadable)}
+}
+
+// interrupted says what a disk holds of which nobody knows how far its formatting got.
+func interrupted(dev device, c content, past entry) error {
+	fix := eraseIt + command(actFormat, dev)
+	if adoptable(c) {
+		fix = "check it (`e2fsck -fn`, `xfs_repair -n`), and if it is sound, type: " + command(actAdopt, dev) + "; or " + fix
+	}
+	return node.Terminal("FormatInterrupted", fix,
+		fmt.Errorf("formatting %s began on %s and was cut off; it now holds %s", dev, past.At.Format("2006-01-02 15:04:05Z"), c))
 }
 
 // foreign says what a disk holds that is not ours.
@@ -368,72 +340,7 @@ const eraseIt = "name another disk in the NodeConfig; or, once you have saved wh
 // adoptable reports whether exactly one healthy file system was found that can be
 // mounted.
 func adoptable(c content) bool {
-	return c.UUID != "" && len(c.Signatures) == 1 && slices.Contains([]string{string(node.Ext4), string(node.XFS)}, c.Signatures[0])
-}
-
-// decided reports whether an operator has decided so of a device.
-func (o observed) decided(act string, dev device) bool {
-	one := o.Decisions[dev.Serial]
-	return o.Decision != nil && o.Decision.is(act, dev) || one != nil && one.is(act, dev)
-}
-
-// at returns the topmost mount at target.
-func (o observed) at(target string) (mount, bool) {
-	for _, m := range slices.Backward(o.Mounts) {
-		if m.Target == target {
-			return m, true
-		}
-	}
-	return mount{}, false
-}
-
-// listed returns the ids of the data disks that the metadata service knows, but for
-// the one that the system is on. Where that has not told its serial, they only say
-// something once all of them have appeared as other devices.
-func (o observed) listed() (ids []string) {
-	system := slices.IndexFunc(o.Devices, o.holdsRoot)
-	for _, id := range o.Listed {
-		at := slices.IndexFunc(o.Devices, func(d device) bool { return d.Serial == id })
-		switch {
-		case !diskID.MatchString(id), at >= 0 && at == system:
-		case at < 0 && (system < 0 || o.Devices[system].Serial == ""):
-			return nil
-		default:
-			ids = append(ids, id)
-		}
-	}
-	return ids
-}
-
-func (o observed) holdsRoot(d device) bool {
-	m, ok := o.at("/")
-	return ok && d.owns(m.Dev)
-}
-
-// is reports whether both are the same device, of the same size.
-func (d device) is(o device) bool {
-	return d.Serial == o.Serial && d.Dev == o.Dev && d.Seq == o.Seq && d.SizeBytes == o.SizeBytes
-}
-
-// owns reports whether dev is the device or one of its partitions.
-func (d device) owns(dev string) bool {
-	return d.Dev == dev || slices.ContainsFunc(d.Partitions, func(p part) bool { return p.Dev == dev })
-}
-
-func (d device) String() string {
-	if len(d.ids) > 0 {
-		return fmt.Sprintf("%s (/dev/%s, %s)", strings.Join(d.ids, "+"), d.Name, Size(d.SizeBytes))
-	}
-	return fmt.Sprintf("%s (/dev/%s, %s)", d.Serial, d.Name, Size(d.SizeBytes))
-}
-
-func names(all []device) string {
-	var out []string
-	for _, d := range all {
-		out = append(out, d.String())
-	}
-	slices.Sort(out)
-	return strings.Join(out, ", ")
+	return c.UUID != "" && len(c.Signatures) == 1 && slices.Contains([]string{string(node.Ext4), string(node.XFS), string(node.Ext3)}, c.Signatures[0])
 }
 
 // clusterMark is what stands for a cluster in a UUID.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -84,17 +85,20 @@ func (d *Disk) claims(ctx context.Context, at place, have observed) ([]*claim, s
 	}
 	wg.Wait()
 	var waiting []string
+	hung := false
 	for _, err := range errs {
 		switch {
-		case node.ReasonOf(err, "") == "Proving":
+		case node.ReasonOf(err, "") == Proving:
 			waiting = append(waiting, err.Error())
+		case node.ReasonOf(err, "") == Hung:
+			waiting, hung = append(waiting, err.Error()), true
 		case err != nil:
 			d.drop()
 			return nil, "", err
 		}
 	}
 	if len(waiting) > 0 {
-		return nil, "", node.Waiting("Proving", "%s", strings.Join(waiting, "; "))
+		return nil, "", node.Waiting(proving(hung), "%s", strings.Join(waiting, "; "))
 	}
 	var all []*claim
 	var proofs []string
@@ -227,12 +231,15 @@ func lock(ctx context.Context, disk *os.File) error {
 // proof is the reading of every block of a disk, which may take hours.
 type proof struct {
 	*claim
+	past   entry  // of the ledger
 	why    string // the cloud does not vouch for the disk
 	began  time.Time
 	cancel context.CancelFunc
 	read   atomic.Int64
 	done   chan struct{} // closed when found is there
 	found  content
+	moves  progressing // guarded by moving
+	moving sync.Mutex
 }
 
 // blank returns the claim under which dev was found blank, and what that rests on.
@@ -247,7 +254,12 @@ func (d *Disk) blank(ctx context.Context, dev device, past entry, own span) (*cl
 	}
 	c.own = own
 	origin := make(chan []Evidence, 1) // asked for while the disk is sampled
-	go func() { origin <- d.origin(ctx, dev, past) }()
+	go func() {
+		done := d.account.begin("cloud")
+		evidence := d.origin(ctx, dev, past)
+		done()
+		origin <- evidence
+	}()
 	done := d.account.begin("sample")
 	found := inspect(c.reader(ctx), dev.SizeBytes)
 	done()
@@ -257,15 +269,16 @@ func (d *Disk) blank(ctx context.Context, dev device, past entry, own span) (*cl
 		{"the disk itself", fmt.Sprintf("%s: %s", sampleText, found), found.Blank},
 	}, evidence...))
 	if !found.Blank {
+		d.suspect = suspect{dev, found.at}
 		c.close()
-		return nil, "", refuse(dev, found)
+		return nil, "", refuse(dev, found, past)
 	}
 	bad, sound := unsound(evidence)
 	if sound {
 		last := evidence[len(evidence)-1]
 		return c, "new, as the cloud says (" + last.Source + " " + last.Text + "); " + sampleText + " were read as zero", nil
 	}
-	d.begin(c, fmt.Sprintf("%s: %s", bad.Source, bad.Text))
+	d.begin(c, past, fmt.Sprintf("%s: %s", bad.Source, bad.Text))
 	return d.conclude(ctx)
 }
 
@@ -287,9 +300,9 @@ func (d *Disk) ordered(ctx context.Context, dev device, order *decision) (*claim
 }
 
 // begin begins to read every block of a claimed disk.
-func (d *Disk) begin(c *claim, why string) {
+func (d *Disk) begin(c *claim, past entry, why string) {
 	ctx, cancel := context.WithCancel(context.Background())
-	p := &proof{claim: c, why: why, began: time.Now(), cancel: cancel, done: make(chan struct{})}
+	p := &proof{claim: c, past: past, why: why, began: time.Now(), cancel: cancel, done: make(chan struct{})}
 	d.proof = p
 	d.log.Info("reading every block", "disk", c.dev.String(), "why", why)
 	ended := d.account.begin("read")
@@ -323,7 +336,7 @@ func (d *Disk) conclude(ctx context.Context) (*claim, string, error) {
 	if !found.Blank {
 		d.suspect = suspect{p.dev, found.at}
 		p.close()
-		return nil, "", refuse(p.dev, found)
+		return nil, "", refuse(p.dev, found, p.past)
 	}
 	return p.claim, fmt.Sprintf("every block was read as zero, %s; the cloud does not vouch for it (%s)", Size(p.dev.SizeBytes), p.why), nil
 }
@@ -365,22 +378,36 @@ func (p *proof) ended() bool {
 }
 
 // waiting says how far the reading is.
-func (p *proof) waiting(now time.Time) error { return node.Waiting("Proving", "%s", p.progress(now)) }
+func (p *proof) waiting(now time.Time) error {
+	text, hung := p.progress(now)
+	return node.Waiting(proving(hung), "%s", text)
+}
 
-func (p *proof) progress(now time.Time) string {
+// progress says how far the reading is, and whether it goes on at all.
+func (p *proof) progress(now time.Time) (text string, hung bool) {
 	read, elapsed := p.read.Load(), now.Sub(p.began)
-	text := fmt.Sprintf("read %d %% of %s", read*100/p.dev.SizeBytes, p.dev)
+	p.moving.Lock()
+	still := p.moves.look(1, strconv.FormatInt(read, 10), now)
+	p.moving.Unlock()
+	if still.For >= stallPatience {
+		return fmt.Sprintf("%s does not answer: no read of it has ended for %s, after %d %% of it; look at the disk in the console, and detach it if it does not come back",
+			p.dev, still.For.Round(time.Second), read*100/p.dev.SizeBytes), true
+	}
+	text = fmt.Sprintf("read %d %% of %s", read*100/p.dev.SizeBytes, p.dev)
 	if rate := float64(read) / elapsed.Seconds(); read > 0 && elapsed >= time.Second {
 		left := time.Duration(float64(p.dev.SizeBytes-read) / rate * float64(time.Second))
 		text += fmt.Sprintf(", %.1f MiB/s, %s left", rate/(1<<20), left.Round(time.Second))
 	}
-	return text + "; it is formatted once every block has been read as zero, since the cloud does not vouch for it: " + p.why
+	return text + "; it is formatted once every block has been read as zero, since the cloud does not vouch for it: " + p.why, false
 }
 
 // refuse says why a disk that was to be formatted is not.
-func refuse(dev device, c content) error {
-	if c.Unreadable != "" {
+func refuse(dev device, c content, past entry) error {
+	switch {
+	case c.Unreadable != "":
 		return unreadable(dev, c)
+	case past.State == stateFormatting:
+		return interrupted(dev, c, past)
 	}
 	return foreign(dev, c) // where the plan has not looked
 }

@@ -105,9 +105,6 @@ func (p *place) add(l *layer) {
 	}
 	top := l.device
 	top.Serial, top.under = p.disks[0].Serial, p.devs
-	for _, d := range p.disks {
-		top.ids = append(top.ids, d.Serial)
-	}
 	p.devs, p.left, p.up = []device{top}, p.left[1:], append(p.up, *l)
 }
 
@@ -118,20 +115,20 @@ func members(want node.DiskConfig, have observed) ([]device, error) {
 		return []device{dev}, err
 	}
 	var found []device
-	var absent []string
+	var away []string
 	for _, id := range want.DiskIDs {
 		dev, err := bind(node.DiskConfig{DiskID: id, MountPoint: want.MountPoint}, have)
 		switch {
-		case node.ReasonOf(err, "") == "Absent":
-			absent = append(absent, err.Error())
+		case node.ReasonOf(err, "") == absent:
+			away = append(away, err.Error())
 		case err != nil:
 			return nil, err
 		}
 		found = append(found, dev)
 	}
-	if len(absent) > 0 {
-		return nil, node.Waiting("Absent", "the stripe for %s has %d disks, and not all are there: %s; it is never used without one of them",
-			want.MountPoint, len(want.DiskIDs), strings.Join(absent, ", "))
+	if len(away) > 0 {
+		return nil, node.Waiting(absent, "the stripe for %s has %d disks, and not all are there: %s; it is never used without one of them",
+			want.MountPoint, len(want.DiskIDs), strings.Join(away, ", "))
 	}
 	return found, nil
 }
@@ -223,10 +220,10 @@ func stackStep(want node.DiskConfig, at place, have observed) ([]step, error) {
 		past = entry{}
 	}
 	if at.stale != nil {
-		return []step{{stop, fmt.Sprintf("stop /dev/%s, which is not used and not complete", at.stale.Name)}}, nil
+		return []step{{verb: lower, text: fmt.Sprintf("stop /dev/%s, which is not used and not complete", at.stale.Name)}}, nil
 	}
 	if h := have.Beneath.Header; past.State == stateFormatting && h != nil && h.Alone && !have.Content.Busy {
-		return []step{{stop, fmt.Sprintf("close /dev/%s, which nothing was made on yet", at.dev().Name)}}, nil
+		return []step{{verb: lower, text: fmt.Sprintf("close /dev/%s, which nothing was made on yet", at.dev().Name)}}, nil
 	}
 	if len(want.DiskIDs) > 0 {
 		if steps, err := fromMembers(want, at, past, have); len(steps) > 0 || err != nil {
@@ -288,7 +285,7 @@ func (p place) mounted(m mount) error {
 func lasting(dev device, c content) error {
 	switch {
 	case c.Proving != "":
-		return node.Waiting("Proving", "%s", c.Proving)
+		return node.Waiting(proving(c.Hung), "%s", c.Proving)
 	case dev.ReadOnly:
 		return node.Terminal("ReadOnly", "attach it writable", fmt.Errorf("%s is a read-only device", dev))
 	case c.Busy:
@@ -301,19 +298,19 @@ func lasting(dev device, c content) error {
 // mount, of which the first not expected ends the apply.
 func thence(want node.DiskConfig, left []kind, past entry, id string) (steps []step) {
 	if slices.Contains(left, crypt) {
-		steps = append(steps, step{unlock, fmt.Sprintf("open %s as /dev/mapper/%s", id, label(id))})
+		steps = append(steps, step{verb: unlock, text: fmt.Sprintf("open %s as /dev/mapper/%s", id, label(id))})
 	}
 	switch past.State {
 	case stateFormatting:
 		return steps // what is there is not known until it is up
 	case "":
-		steps = append(steps, step{adopt, fmt.Sprintf("adopt %s, if it holds tkenode's %s", id, want.FileSystem)})
+		steps = append(steps, step{verb: adopt, text: fmt.Sprintf("adopt %s, if it holds tkenode's %s", id, want.FileSystem)})
 	}
 	return append(steps, mountStep(want, id, string(want.FileSystem)))
 }
 
 func mountStep(want node.DiskConfig, id, fs string) step {
-	return step{attach, fmt.Sprintf("mount %s (%s) on %s", id, fs, want.MountPoint)}
+	return step{verb: attach, text: fmt.Sprintf("mount %s (%s) on %s", id, fs, want.MountPoint)}
 }
 
 // fresh lists how a stack is made from blank disks, or from what is to be erased.
@@ -339,10 +336,11 @@ func fresh(want node.DiskConfig, at place, have observed) ([]step, error) {
 	if len(over) > 0 {
 		text += fmt.Sprintf(", and over whatever %s holds, as an operator has decided", strings.Join(over, ", "))
 	}
-	return []step{{format, text}, mountStep(want, at.disks[0].Serial, string(want.FileSystem))}, nil
+	return []step{{verb: format, text: text}, mountStep(want, at.disks[0].Serial, string(want.FileSystem))}, nil
 }
 
-func lost(past entry, what string, fix string) error {
+// blanked says that of what the ledger knows nothing is left.
+func blanked(past entry, what string, fix string) error {
 	return node.Terminal("Lost", fix, fmt.Errorf("%s, but had been formatted by %s (uuid %s)", what, past.At.Format("2006-01-02 15:04:05Z"), past.UUID))
 }
 

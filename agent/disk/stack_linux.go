@@ -123,6 +123,39 @@ func living(name, link string) string {
 	return name
 }
 
+// beneath returns the notes of the disks under a device of which the ledger says that it
+// is made of others. One that is gone has no number any more.
+func (d *Disk) beneath(name string, made entry) (all []serving) {
+	var ids []string
+	switch {
+	case made.Array != nil:
+		ids = made.Array.Members
+	case made.Crypt != "":
+		ids = []string{made.DiskID}
+	}
+	names := bottom(d.sys, name)
+	for i, id := range ids {
+		s := serving{DiskID: id}
+		if i < len(names) && names[i] != "" {
+			s.Dev, _ = d.devOf(names[i]) // it may have gone just now
+		}
+		all = append(all, s)
+	}
+	return all
+}
+
+// bottom names the disks that a device is made of, in order; one that is gone is "".
+func bottom(sys, name string) (names []string) {
+	l, err := readLayer(sys, name)
+	if err != nil {
+		return []string{name}
+	}
+	for _, b := range l.Beneath {
+		names = append(names, bottom(sys, b)...)
+	}
+	return names
+}
+
 // sameLayer asks an array or a mapping, and all that it is made of, who they are.
 func (d *Disk) sameLayer(dev device) error {
 	now, err := readLayer(d.sys, dev.Name)
@@ -187,7 +220,7 @@ func (d *Disk) newArray(ctx context.Context) (string, error) {
 	}
 }
 
-func (d *Disk) setArray(name, attribute, value string) error {
+func setArray(name, attribute, value string) error {
 	if err := os.WriteFile(filepath.Join("/sys/block", name, "md", attribute), []byte(value), 0); err != nil {
 		return fmt.Errorf("set %s of /dev/%s to %s: %w", attribute, name, value, err)
 	}
@@ -215,25 +248,25 @@ func (d *Disk) assemble(ctx context.Context, at place, have observed) (err error
 		}
 		defer func() {
 			if err != nil {
-				err = errors.Join(err, d.setArray(name, "array_state", "clear"))
+				err = errors.Join(err, setArray(name, "array_state", "clear"))
 			}
 		}()
-		if err := d.setArray(name, "metadata_version", "1.2"); err != nil {
+		if err := setArray(name, "metadata_version", "1.2"); err != nil {
 			return err
 		}
 		for _, dev := range at.disks {
-			if err := d.setArray(name, "new_dev", dev.Dev); err != nil {
+			if err := setArray(name, "new_dev", dev.Dev); err != nil {
 				return fmt.Errorf("add %s to an array: %w", dev, err)
 			}
 		}
-		if err := d.setArray(name, "array_state", "readonly"); err != nil {
+		if err := setArray(name, "array_state", "readonly"); err != nil {
 			return err
 		}
 	}
 	if _, err := d.arrayIs(name, at.disks, sb.ChunkBytes); err != nil {
 		return err
 	}
-	if err := d.setArray(name, "array_state", "active"); err != nil {
+	if err := setArray(name, "array_state", "active"); err != nil {
 		return err
 	}
 	// Whoever opens an array first makes it another medium, with another diskseq.
@@ -272,10 +305,7 @@ func (d *Disk) mappingIs(dev device, uuid string) (device, error) {
 	for _, l := range all {
 		if l.Kind == crypt && l.Mapping == label(dev.Serial) && slices.Equal(l.Beneath, []string{dev.Name}) && l.UUID == uuid {
 			top := l.device
-			top.Serial, top.ids, top.under = dev.Serial, dev.ids, []device{dev}
-			if top.ids == nil {
-				top.ids = []string{dev.Serial}
-			}
+			top.Serial, top.under = dev.Serial, []device{dev}
 			return top, d.same(top)
 		}
 	}
@@ -324,10 +354,40 @@ func (d *Disk) openCrypt(ctx context.Context, pin *os.File, dev device, key node
 	return d.mappingIs(dev, h.UUID)
 }
 
-// closeCrypt closes the mapping of a device; the kernel refuses while it is used.
-func (d *Disk) closeCrypt(ctx context.Context, dev device) error {
-	if _, err := program(ctx, invocation{args: []string{"cryptsetup", "close", label(dev.Serial)}}); err != nil {
-		return fmt.Errorf("close the mapping of %s: %w", dev, err)
+// widen makes the mapping of an encrypted disk as large as the disk has become, which
+// changes nothing on the disk, and returns it as it is then.
+func (d *Disk) widen(ctx context.Context, dev device) (device, error) {
+	key, err := d.key(dev.Serial, false)
+	if err != nil {
+		return device{}, err
 	}
-	return nil
+	if _, err := program(ctx, invocation{args: []string{"cryptsetup", "resize", "--key-file", "-", label(dev.Serial)}, stdin: key}); err != nil {
+		return device{}, fmt.Errorf("resize the mapping of %s: %w", dev, err)
+	}
+	l, err := readLayer(d.sys, dev.Name)
+	if err != nil {
+		return device{}, err
+	}
+	want := dev.room()
+	if dev.SizeBytes = want; l.SizeBytes != want {
+		return device{}, fmt.Errorf("the mapping of %s has %s, not %s", dev, Size(l.SizeBytes), Size(want))
+	}
+	return dev, d.same(dev)
+}
+
+// lower stops an array or closes a mapping; the kernel refuses while it is used.
+func (l layer) lower(ctx context.Context) error {
+	var err error
+	busy := false
+	if l.Kind == array {
+		err = setArray(l.Name, "array_state", "clear")
+		busy = errors.Is(err, unix.EBUSY)
+	} else if _, err = program(ctx, invocation{args: []string{"cryptsetup", "close", l.Mapping}}); err != nil {
+		exit, ok := errors.AsType[*exitError](err)
+		busy = ok && exit.code == 5 // Source: cryptsetup(8), RETURN CODES
+	}
+	if busy {
+		return node.Waiting("InUse", "/dev/%s is to be stopped, and somebody still uses it, as with a file open of a mount that is gone: delete the pods that had it mounted by hostPath (%w)", l.Name, err)
+	}
+	return err
 }

@@ -2,10 +2,13 @@ package disk
 
 import (
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"reflect"
 	"testing"
+
+	"github.com/tkenode/tkenode/agent/node"
 )
 
 // TestReadLayers reads a tree like the kernel's: an array of which one disk is gone, a
@@ -56,5 +59,25 @@ func TestReadLayers(t *testing.T) {
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
+
+// TestDetachedKnowsStripes: no disk of a stripe that is listed is given back, and each
+// of one that is not.
+func TestDetachedKnowsStripes(t *testing.T) {
+	o := Options{Ledger: t.TempDir(), Log: slog.New(slog.DiscardHandler)}
+	o.Sealed.Facts.InstanceID = "ins-11111111"
+	for _, id := range []string{"disk-first000", "disk-second00"} {
+		note := attached{DiskID: id, InstanceID: "ins-11111111", MountPoint: "/data"}
+		if err := ledger(o.Ledger).store(id+attachedSuffix, note); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := Detached(o); len(got) != 2 {
+		t.Errorf("%d are given back of a stripe that is not listed", len(got))
+	}
+	o.Sealed.Config.Disks = []node.DiskConfig{{DiskIDs: []string{"disk-first000", "disk-second00"}, MountPoint: "/data"}}
+	if got := Detached(o); len(got) != 0 {
+		t.Errorf("%s is given back", got[0].Name())
 	}
 }

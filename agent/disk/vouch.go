@@ -23,10 +23,14 @@ const (
 	young = time.Hour
 )
 
-// Cloud is what the cloud API says of a disk and of the instance that has it.
+// Cloud is the cloud API. AttachDisk and DetachDisk only begin, and DescribeDisk tells
+// how it ends.
 type Cloud interface {
 	DescribeDisk(ctx context.Context, id string) (tencent.Disk, error)
 	DescribeInstance(ctx context.Context, id string) (tencent.Instance, error)
+	InstanceDisks(ctx context.Context, instance string) ([]tencent.Disk, error)
+	AttachDisk(ctx context.Context, instance, id string) error
+	DetachDisk(ctx context.Context, instance, id string) error
 }
 
 // Evidence is one thing that speaks for or against a disk's being blank.

@@ -6,12 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
 // Watch wakes the disk when a block device comes, goes or changes, and when what
-// is mounted at the mount point changes.
+// is mounted at the mount point changes. Meanwhile the disk is tended.
 func (d *Disk) Watch(ctx context.Context, wake func()) error {
 	events, err := uevents()
 	if err != nil {
@@ -36,8 +37,13 @@ func (d *Disk) Watch(ctx context.Context, wake func()) error {
 			end.Close()
 		}
 	}()
+	tending, endTending := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer endTending()
 	before, _ := d.mountedNow()
 	wake()
+	wg.Go(func() { d.tend(tending, wake) })
 	fds := []unix.PollFd{
 		{Fd: int32(events.Fd()), Events: unix.POLLIN},
 		{Fd: int32(info), Events: unix.POLLPRI}, // POLLERR tells of a change, too
@@ -57,6 +63,7 @@ func (d *Disk) Watch(ctx context.Context, wake func()) error {
 			}
 			if block {
 				wake()
+				d.poke()
 			}
 		}
 		if fds[1].Revents != 0 {
@@ -68,6 +75,7 @@ func (d *Disk) Watch(ctx context.Context, wake func()) error {
 			if now != before {
 				before = now
 				wake()
+				d.poke()
 			}
 		}
 	}

@@ -25,15 +25,16 @@ import (
 // idle is a hypervisor and a fabric: nothing here looks at packets or devices.
 type idle struct{}
 
-func (idle) Run(context.Context, cloud.Machine) error             { return nil }
-func (idle) Destroy(context.Context, string) error                { return nil }
-func (idle) PlugNIC(context.Context, string, cloud.NIC) error     { return nil }
-func (idle) UnplugNIC(context.Context, string, string) error      { return nil }
-func (idle) PlugDisk(context.Context, string, cloud.Volume) error { return nil }
-func (idle) UnplugDisk(context.Context, string, string) error     { return nil }
-func (idle) Attach(cloud.Port) error                              { return nil }
-func (idle) SetAddrs(string, []netip.Addr) error                  { return nil }
-func (idle) Detach(string) error                                  { return nil }
+func (idle) Run(context.Context, cloud.Machine) error               { return nil }
+func (idle) Destroy(context.Context, string) error                  { return nil }
+func (idle) PlugNIC(context.Context, string, cloud.NIC) error       { return nil }
+func (idle) UnplugNIC(context.Context, string, string) error        { return nil }
+func (idle) PlugDisk(context.Context, string, cloud.Volume) error   { return nil }
+func (idle) UnplugDisk(context.Context, string, string) error       { return nil }
+func (idle) ResizeDisk(context.Context, string, cloud.Volume) error { return nil }
+func (idle) Attach(cloud.Port) error                                { return nil }
+func (idle) SetAddrs(string, []netip.Addr) error                    { return nil }
+func (idle) Detach(string) error                                    { return nil }
 
 // direct calls the lab's cloud in place, so that tests run in a synctest bubble.
 type direct struct {

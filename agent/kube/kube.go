@@ -2,7 +2,7 @@
 // kubelet's client certificate and over plain HTTP and JSON.
 //
 // It watches that certificate (condition NodeJoined) and this node's Node object
-// (NodeReady). It knows only the fields it needs: client-go's clientset would cost
+// (NodeReady), and writes into it what is wrong with the machine. It knows only the fields it needs: client-go's clientset would cost
 // more memory than the rest of the agent.
 package kube
 
@@ -94,6 +94,11 @@ func (c *Client) get(ctx context.Context, path string, query url.Values) (io.Rea
 	if err != nil {
 		return nil, err
 	}
+	return c.do(req, path)
+}
+
+// do sends a request to path; the caller closes the body of a success.
+func (c *Client) do(req *http.Request, path string) (io.ReadCloser, error) {
 	req.Header.Set("Accept", "application/json")
 	req.Header.Set("User-Agent", "tkenode")
 	resp, err := c.http.Do(req)
@@ -109,6 +114,6 @@ func (c *Client) get(ctx context.Context, path string, query url.Values) (io.Rea
 	if b, err := io.ReadAll(io.LimitReader(resp.Body, 64<<10)); err == nil {
 		_ = json.Unmarshal(b, status)
 	}
-	status.Request, status.Code = "GET "+path, resp.StatusCode
+	status.Request, status.Code = req.Method+" "+path, resp.StatusCode
 	return nil, status
 }

@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -25,13 +27,14 @@ const (
 )
 
 // Ready serves NodeReady: what the API server knows of this Node. It changes
-// nothing. It satisfies reconcile.Module.
+// nothing; Conditions does. It satisfies reconcile.Module.
 type Ready struct {
 	client *Client
 	name   string
 
-	mu   sync.Mutex // guards seen
-	seen sight
+	mu       sync.Mutex // guards the rest
+	seen     sight
+	listener func() // who else wants to know of changes; nil: nobody
 }
 
 // sight is what was last seen of the Node.
@@ -40,6 +43,27 @@ type sight struct {
 	known      bool  // the API server has answered
 	registered bool
 	ready      condition
+	// What the agent itself writes, and what it must not overwrite.
+	version       uint64 // of the Node; a Node of an older one is no news
+	unschedulable bool
+	annotations   map[string]string // those of ours
+	conditions    []condition       // of node.DiskConditionTypes
+}
+
+// condition returns one of the Node's conditions; of one that it has not, nothing.
+func (s sight) condition(t string) condition {
+	for _, c := range s.conditions {
+		if c.Type == t {
+			return c
+		}
+	}
+	return condition{}
+}
+
+// same reports whether nothing has changed that anybody here looks at.
+func (s sight) same(o sight) bool {
+	return s.known == o.known && s.registered == o.registered && s.ready == o.ready && s.unschedulable == o.unschedulable &&
+		maps.Equal(s.annotations, o.annotations) && slices.Equal(s.conditions, o.conditions)
 }
 
 // NewReady returns the module for the Node called name.
@@ -85,14 +109,43 @@ func (s sight) judge(name string) error {
 // set records what is seen and wakes if it is news.
 func (r *Ready) set(s sight, wake func()) {
 	r.mu.Lock()
-	before := r.seen
+	before, listener := r.seen, r.listener
+	if s.registered && before.registered && s.version != 0 && s.version < before.version {
+		// The watch tells of the Node as it was before the agent itself wrote to it.
+		r.mu.Unlock()
+		return
+	}
 	r.seen = s
 	r.mu.Unlock()
 	// kubelet's heartbeats are not news.
-	if before.known != s.known || before.registered != s.registered || before.ready != s.ready || s.err != nil || before.err != nil {
+	if !before.same(s) || s.err != nil || before.err != nil {
 		wake()
+		if listener != nil {
+			listener()
+		}
 	}
 }
+
+// listen has wake called, too, until the returned function is.
+func (r *Ready) listen(wake func()) (end func()) {
+	set := func(f func()) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.listener = f
+	}
+	set(wake)
+	return func() { set(nil) }
+}
+
+// sight returns what was last seen.
+func (r *Ready) sight() sight {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.seen
+}
+
+// take records the Node that the API server has answered a change with.
+func (r *Ready) take(o object) { r.set(o.sight(), func() {}) }
 
 // Watch follows the Node from the moment there is a certificate to ask with.
 func (r *Ready) Watch(ctx context.Context, wake func()) error {
@@ -165,7 +218,7 @@ func (r *Ready) list(ctx context.Context, wake func()) (version string, err erro
 	s := sight{known: true}
 	for _, o := range all.Items {
 		if o.Metadata.Name == r.name {
-			s.registered, s.ready = true, o.ready()
+			s = o.sight()
 		}
 	}
 	r.set(s, wake)
@@ -199,7 +252,7 @@ func (r *Ready) event(line []byte, wake func()) error {
 		}
 		s := sight{known: true}
 		if e.Type != "DELETED" {
-			s.registered, s.ready = true, o.ready()
+			s = o.sight()
 		}
 		r.set(s, wake)
 	}
@@ -209,7 +262,10 @@ func (r *Ready) event(line []byte, wake func()) error {
 // object is a Node, as far as it matters.
 type object struct {
 	Metadata metadata `json:"metadata"`
-	Status   struct {
+	Spec     struct {
+		Unschedulable bool `json:"unschedulable"`
+	} `json:"spec"`
+	Status struct {
 		Conditions []condition `json:"conditions"`
 	} `json:"status"`
 }
@@ -217,6 +273,8 @@ type object struct {
 type metadata struct {
 	Name            string `json:"name"`
 	ResourceVersion string `json:"resourceVersion"`
+
+	Annotations map[string]string `json:"annotations"`
 }
 
 type condition struct {
@@ -224,6 +282,22 @@ type condition struct {
 	Status  string `json:"status"`
 	Reason  string `json:"reason"`
 	Message string `json:"message"`
+}
+
+// sight is what is seen of the Node. Resource versions of one object can be compared.
+// Source: https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions
+func (o object) sight() sight {
+	s := sight{known: true, registered: true, ready: o.ready(), unschedulable: o.Spec.Unschedulable}
+	s.version, _ = strconv.ParseUint(o.Metadata.ResourceVersion, 10, 64) // 0: nothing is older
+	if by, ok := o.Metadata.Annotations[CordonedBy]; ok {
+		s.annotations = map[string]string{CordonedBy: by}
+	}
+	for _, c := range o.Status.Conditions {
+		if slices.Contains(node.DiskConditionTypes[:], node.ConditionType(c.Type)) {
+			s.conditions = append(s.conditions, c)
+		}
+	}
+	return s
 }
 
 func (o object) ready() condition {

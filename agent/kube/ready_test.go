@@ -29,6 +29,7 @@ type apiserver struct {
 	deny    string     // a Status with which everything is answered
 	serials []string   // of the client certificates seen
 	lists   int
+	onPatch http.HandlerFunc
 
 	events chan string // "" ends the watch
 }
@@ -52,13 +53,15 @@ func newAPIServer(t *testing.T) *apiserver {
 func (s *apiserver) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	s.serials = append(s.serials, r.TLS.PeerCertificates[0].SerialNumber.String())
-	deny, items := s.deny, s.items
+	deny, items, patch := s.deny, s.items, s.onPatch
 	q := r.URL.Query()
 	if q.Get("watch") == "" {
 		s.lists++
 	}
 	s.mu.Unlock()
 	switch {
+	case r.Method == http.MethodPatch && patch != nil:
+		patch(w, r)
 	case r.ProtoMajor != 2 || r.URL.Path != nodesPath || q.Get("fieldSelector") != "metadata.name="+nodeName:
 		http.Error(w, "unexpected request "+r.Proto+" "+r.URL.String(), http.StatusBadRequest)
 	case deny != "":

@@ -16,18 +16,22 @@ const (
 // bootstrap decodes it strictly, fills in defaults, validates and seals it; the
 // agent only reads the sealed form.
 type Config struct {
-	APIVersion string           `json:"apiVersion" yaml:"apiVersion"`
-	Kind       string           `json:"kind" yaml:"kind"`
-	Cluster    ClusterConfig    `json:"cluster" yaml:"cluster"`
-	Node       NodeSpec         `json:"node" yaml:"node"`
-	Network    NetworkConfig    `json:"network" yaml:"network"`
-	Disks      []DiskConfig     `json:"disks" yaml:"disks"`
-	Kubelet    KubeletConfig    `json:"kubelet" yaml:"kubelet"`
-	Containerd ContainerdConfig `json:"containerd" yaml:"containerd"`
-	KubeProxy  KubeProxyConfig  `json:"kubeProxy,omitzero" yaml:"kubeProxy"`
-	CoreDNS    CoreDNSConfig    `json:"coreDNS,omitzero" yaml:"coreDNS"`
-	Metrics    MetricsConfig    `json:"metrics" yaml:"metrics"`
-	Cloud      CloudConfig      `json:"cloud" yaml:"cloud"`
+	APIVersion string        `json:"apiVersion" yaml:"apiVersion"`
+	Kind       string        `json:"kind" yaml:"kind"`
+	Cluster    ClusterConfig `json:"cluster" yaml:"cluster"`
+	Node       NodeSpec      `json:"node" yaml:"node"`
+	Network    NetworkConfig `json:"network" yaml:"network"`
+	Disks      []DiskConfig  `json:"disks" yaml:"disks"`
+	DataDisks  []TKEDataDisk `json:"-" yaml:"dataDisks"` // TKE's way to write Disks, to which they are added
+	// MountTarget is where the only data disk is mounted, as TKE's
+	// InstanceAdvancedSettings has it: one entry of Disks in short.
+	MountTarget string           `json:"-" yaml:"mountTarget"`
+	Kubelet     KubeletConfig    `json:"kubelet" yaml:"kubelet"`
+	Containerd  ContainerdConfig `json:"containerd" yaml:"containerd"`
+	KubeProxy   KubeProxyConfig  `json:"kubeProxy,omitzero" yaml:"kubeProxy"`
+	CoreDNS     CoreDNSConfig    `json:"coreDNS,omitzero" yaml:"coreDNS"`
+	Metrics     MetricsConfig    `json:"metrics" yaml:"metrics"`
+	Cloud       CloudConfig      `json:"cloud" yaml:"cloud"`
 }
 
 // ClusterConfig says which cluster the node joins, and how it is trusted.
@@ -153,6 +157,7 @@ type FileSystem string
 const (
 	Ext4 FileSystem = "ext4"
 	XFS  FileSystem = "xfs"
+	Ext3 FileSystem = "ext3" // mounted where it is found, and never made
 )
 
 // WhenNotBlank says what becomes of a disk that holds a file system which tkenode
@@ -162,15 +167,20 @@ type WhenNotBlank string
 // What may become of it. Whatever holds anything else is refused.
 const (
 	RefuseFound WhenNotBlank = "refuse" // it is left alone, and the node waits for an operator; the default
-	MountFound  WhenNotBlank = "mount"  // exactly one file system, ext4 or xfs, is mounted as it is, as TKE does
+	MountFound  WhenNotBlank = "mount"  // exactly one file system, ext3, ext4 or xfs, is mounted as it is, as TKE does
 )
 
 // DiskConfig binds one CBS data disk, or several as one, to a directory.
 type DiskConfig struct {
 	DiskID string `json:"diskID,omitempty" yaml:"diskID"` // disk-xxxxxxxx, the disk's live serial; empty: the only data disk of the instance
-	// DiskIDs are the disks of a stripe (RAID 0), 2 to MaxStripe, in this order for
-	// ever. They take the place of DiskID.
-	DiskIDs    []string   `json:"diskIDs,omitempty" yaml:"diskIDs"`
+	// DiskIDs are the disks of a stripe (RAID 0), 2 to 20, in this order for ever. They
+	// take the place of DiskID.
+	DiskIDs []string `json:"diskIDs,omitempty" yaml:"diskIDs"`
+	// Selector finds the disk where DiskID is empty, once. What it has found is kept.
+	Selector DiskSelector `json:"selector,omitzero" yaml:"selector"`
+	// Attach says that the agent attaches what DiskID or DiskIDs name, and detaches
+	// it again once a later generation no longer lists it.
+	Attach     bool       `json:"attach,omitempty" yaml:"attach"`
 	FileSystem FileSystem `json:"fileSystem" yaml:"fileSystem"` // default ext4
 	MountPoint string     `json:"mountPoint" yaml:"mountPoint"` // absolute
 	// WhenNotBlank says whether a file system that tkenode did not make is mounted. A
@@ -179,10 +189,6 @@ type DiskConfig struct {
 	// Encryption, if it is there, puts LUKS2 under the file system.
 	Encryption *DiskEncryption `json:"encryption,omitempty" yaml:"encryption"`
 }
-
-// MaxStripe is how many disks a stripe has at most: as many as a CVM.
-// Source: https://cloud.tencent.com/document/product/362/5145
-const MaxStripe = 20
 
 // DiskEncryption says where the key of an encrypted disk comes from: exactly one of
 // the two is set.
@@ -204,12 +210,34 @@ const KeyFromInstance KeyFrom = "instance"
 // Layered reports whether anything stands between the disk and its file system.
 func (d DiskConfig) Layered() bool { return len(d.DiskIDs) > 0 || d.Encryption != nil }
 
-// IDs returns the ids of the disks; none where the only one of the instance is meant.
+// IDs returns the ids of the disks that are named: none where a selector finds the disk,
+// or where the only one of the instance is meant.
 func (d DiskConfig) IDs() []string {
 	if d.DiskID != "" {
 		return []string{d.DiskID}
 	}
 	return d.DiskIDs
+}
+
+// DiskSelector says which of the instance's data disks is meant, by what the cloud
+// says of them. At least one of its fields is set.
+type DiskSelector struct {
+	Type    string `json:"type,omitempty" yaml:"type"`       // CLOUD_PREMIUM
+	SizeGiB int    `json:"sizeGiB,omitempty" yaml:"sizeGiB"` // that the cloud says
+	// Order is the place among the disks of this type and size, counted from 1 in the
+	// order in which cvm DescribeInstances lists them. 0: there is only one.
+	Order int `json:"order,omitempty" yaml:"order"`
+}
+
+// TKEDataDisk is a data disk as TKE's API writes it. A nodepool's can be copied.
+// Source: tencentcloud-sdk-go tke/v20180525, DataDisk
+type TKEDataDisk struct {
+	DiskType           string     `json:"DiskType" yaml:"DiskType"`
+	FileSystem         FileSystem `json:"FileSystem" yaml:"FileSystem"`
+	DiskSize           int        `json:"DiskSize" yaml:"DiskSize"` // GiB
+	AutoFormatAndMount bool       `json:"AutoFormatAndMount" yaml:"AutoFormatAndMount"`
+	MountTarget        string     `json:"MountTarget" yaml:"MountTarget"`
+	DiskPartition      string     `json:"DiskPartition" yaml:"DiskPartition"` // refused: the name of a device
 }
 
 // KubeletConfig overrides settings of kubelet.

@@ -30,8 +30,26 @@ const (
 // the same, so it is not among ConditionTypes.
 const PoolExhausted ConditionType = "PoolExhausted"
 
+// DiskNotGrown warns: a disk is larger than what is used of it.
+const DiskNotGrown ConditionType = "DiskNotGrown"
+
+// VolumeMismatch warns: a pod's volume is not the disk that it should be.
+const VolumeMismatch ConditionType = "VolumeMismatch"
+
 // RepairsUndone warns: something keeps undoing what the agent makes in the kernel.
 const RepairsUndone ConditionType = "RepairsUndone"
+
+// What can be wrong with a disk that is mounted. They warn, and are conditions of the
+// Node as well, under the names that TKE's node problem detector gives them; True is
+// bad.
+const (
+	ReadonlyFilesystem ConditionType = "ReadonlyFilesystem" // its file system takes no writes any more
+	IOError            ConditionType = "IOError"            // its requests fail, or do not end, or it is gone
+	Ext4Error          ConditionType = "Ext4Error"          // ext4 has noted damage, which e2fsck has to repair
+)
+
+// DiskConditionTypes lists them.
+var DiskConditionTypes = [...]ConditionType{ReadonlyFilesystem, IOError, Ext4Error}
 
 // ConditionTypes lists every condition in launch order; the first one that is
 // not True is the one to look at.

@@ -6,8 +6,18 @@ import (
 	"time"
 )
 
-// DiskAttached is the state of a disk that is attached, for good.
-const DiskAttached = "ATTACHED"
+// The states of a disk.
+// Source: the comment of Disk.DiskState in tencentcloud-sdk-go, cbs/v20170312
+const (
+	DiskUnattached = "UNATTACHED"
+	DiskAttaching  = "ATTACHING"
+	DiskAttached   = "ATTACHED" // for good
+	DiskDetaching  = "DETACHING"
+	DiskToRecycle  = "TORECYCLE" // it has expired
+)
+
+// DiskSystem is the usage of a disk that an instance's system is on.
+const DiskSystem = "SYSTEM_DISK"
 
 // Disk is a CBS disk as the API describes it. What is null is empty.
 type Disk struct {
@@ -19,10 +29,15 @@ type Disk struct {
 	LastInstanceID string   `json:"LastAttachInsId"`
 	SizeGiB        int64    `json:"DiskSize"`
 	Shareable      bool     `json:"Shareable"`
+	Encrypt        bool     `json:"Encrypt"`
 	Rollbacking    bool     `json:"Rollbacking"`
 	Migrating      bool     `json:"Migrating"`
 	Snapshots      int      `json:"SnapshotCount"` // that were taken of it
 	CreateTime     string   `json:"CreateTime"`
+	Type           string   `json:"DiskType"` // CLOUD_PREMIUM
+	Portable       bool     `json:"Portable"` // it can be attached and detached
+	Placement      struct{ Zone string }
+	ErrorPrompt    string `json:"ErrorPrompt"` // of the latest operation on it
 }
 
 // Created returns when the disk was created. CBS writes the time of day without its
@@ -44,6 +59,8 @@ type Instance struct {
 // DataDisk is a data disk as an instance has it.
 type DataDisk struct {
 	ID         string `json:"DiskId"`
+	Type       string `json:"DiskType"`
+	SizeGiB    int64  `json:"DiskSize"`
 	SnapshotID string `json:"SnapshotId"` // that it was made from; empty: none
 }
 
@@ -59,10 +76,82 @@ func (c *Client) DescribeDisk(ctx context.Context, id string) (Disk, error) {
 	if err := c.call(ctx, "cbs", "DescribeDisks", in, &out); err != nil {
 		return Disk{}, err
 	}
+	if len(out.DiskSet) == 0 {
+		return Disk{}, fmt.Errorf("cbs DescribeDisks: region %s has no %s, or not yet", c.region, id)
+	}
 	if len(out.DiskSet) != 1 || out.DiskSet[0].ID != id {
 		return Disk{}, fmt.Errorf("cbs DescribeDisks: %d disks for %s", len(out.DiskSet), id)
 	}
 	return out.DiskSet[0], nil
+}
+
+// DiskCount is how many data disks an instance has, and may have.
+type DiskCount struct {
+	InstanceID string `json:"InstanceId"`
+	Attached   int    `json:"AttachedDiskCount"`
+	Max        int    `json:"MaxAttachCount"`
+}
+
+// CountDisks asks how many data disks an instance may have. The system disk is
+// none of them.
+// Source: https://cloud.tencent.com/document/api/362/15669#AttachDetail
+func (c *Client) CountDisks(ctx context.Context, instance string) (DiskCount, error) {
+	in := struct{ InstanceIds []string }{[]string{instance}}
+	var out struct{ AttachDetail []DiskCount }
+	if err := c.call(ctx, "cbs", "DescribeInstancesDiskNum", in, &out); err != nil {
+		return DiskCount{}, err
+	}
+	if len(out.AttachDetail) != 1 || out.AttachDetail[0].InstanceID != instance || out.AttachDetail[0].Max <= 0 {
+		return DiskCount{}, fmt.Errorf("cbs DescribeInstancesDiskNum: %+v for %s", out.AttachDetail, instance)
+	}
+	return out.AttachDetail[0], nil
+}
+
+// maxDescribed is how many disks an answer holds at most.
+// Source: https://cloud.tencent.com/document/api/362/16315
+const maxDescribed = 100
+
+// InstanceDisks describes the disks that are attached to an instance, the system
+// disk included, in no particular order.
+func (c *Client) InstanceDisks(ctx context.Context, instance string) ([]Disk, error) {
+	type filter struct {
+		Name   string
+		Values []string
+	}
+	in := struct {
+		Filters []filter
+		Limit   int
+	}{[]filter{{"instance-id", []string{instance}}}, maxDescribed}
+	var out struct {
+		TotalCount int
+		DiskSet    []Disk
+	}
+	if err := c.call(ctx, "cbs", "DescribeDisks", in, &out); err != nil {
+		return nil, err
+	}
+	if out.TotalCount > len(out.DiskSet) {
+		return nil, fmt.Errorf("cbs DescribeDisks: %d of %d disks of %s", len(out.DiskSet), out.TotalCount, instance)
+	}
+	return out.DiskSet, nil
+}
+
+// AttachDisk begins to attach a disk to an instance. DescribeDisk tells how it ends.
+func (c *Client) AttachDisk(ctx context.Context, instance, id string) error {
+	in := struct {
+		InstanceId string
+		DiskIds    []string
+	}{instance, []string{id}}
+	return c.call(ctx, "cbs", "AttachDisks", in, &struct{}{})
+}
+
+// DetachDisk begins to detach a disk from this instance and no other. DescribeDisk
+// tells how it ends.
+func (c *Client) DetachDisk(ctx context.Context, instance, id string) error {
+	in := struct {
+		InstanceId string
+		DiskIds    []string
+	}{instance, []string{id}}
+	return c.call(ctx, "cbs", "DetachDisks", in, &struct{}{})
 }
 
 // DescribeInstance describes one instance.

@@ -35,6 +35,13 @@ const (
 // FixIPv6Subnet is what to do about a subnet without an IPv6 range.
 const FixIPv6Subnet = "give the subnet an IPv6 range, write subnets that have one into network.subnetIDs, or leave IPv6 out of network.ipFamilies"
 
+// What to do about a disk that cannot be attached.
+const (
+	fixNotPortable = "name an elastic disk: this one cannot be attached or detached"
+	fixExpired     = "renew the disk in the console, or name another in the NodeConfig"
+	fixNotData     = "name a data disk in the NodeConfig"
+)
+
 // HasCode reports whether the code is code or a more exact form of it, as
 // LimitExceeded.ActionLimited is of LimitExceeded.
 func (e *APIError) HasCode(code string) bool {
@@ -52,7 +59,7 @@ type verdict struct {
 // verdicts is searched from the top: an exact code stands before the code that
 // it refines. A code that is not listed is transient.
 // Source: the error codes that tencentcloud-sdk-go lists at each action
-// (vpc/v20170312/client.go, cvm/v20170312/client.go), and the common ones of
+// (v20170312/client.go of vpc, cvm and cbs), and the common ones of
 // https://cloud.tencent.com/document/api/215/15693
 var verdicts = []verdict{
 	{"RequestLimitExceeded", node.ClassTransient, "Throttled", ""},
@@ -66,8 +73,30 @@ var verdicts = []verdict{
 	{"UnsupportedOperation.ResourceIsInvalidState", node.ClassWaiting, "WrongState", ""},
 	{"ResourceInsufficient.Subnet", node.ClassWaiting, "SubnetExhausted", "add a subnet to network.subnetIDs, or free addresses of this one"},
 	{"ResourceInsufficient", node.ClassWaiting, "ResourceInsufficient", ""},
+	// Something else is done to the disk.
+	{"ResourceBusy", node.ClassWaiting, "DiskBusy", ""},
+	{"InvalidDisk.Busy", node.ClassWaiting, "DiskBusy", ""},
+	{"InvalidDisk.SnapshotCreating", node.ClassWaiting, "DiskBusy", ""},
+	{"ResourceUnavailable.SnapshotCreating", node.ClassWaiting, "DiskBusy", ""},
+	{"ResourceInUse.DiskMigrating", node.ClassWaiting, "DiskBusy", ""},
+	{"ResourceInUse.DiskRollbacking", node.ClassWaiting, "DiskBusy", ""},
+	{"UnsupportedOperation.StateError", node.ClassWaiting, "DiskBusy", ""},
+	{"TradeDealConflict", node.ClassWaiting, "DiskBusy", ""},
+	{"LimitExceeded.InstanceAttachedDisk", node.ClassTerminal, "TooManyDisks", "the instance has as many disks as it may have: detach one, or take the disk out of the NodeConfig"},
+	{"ResourceUnavailable.ZoneNotMatch", node.ClassTerminal, "DiskZoneMismatch", "name a disk of the instance's zone, or make one there of a snapshot"},
+	{"InvalidDisk.NotPortable", node.ClassTerminal, "DiskNotPortable", fixNotPortable},
+	{"ResourceUnavailable.NotPortable", node.ClassTerminal, "DiskNotPortable", fixNotPortable},
+	{"InvalidDisk.Expire", node.ClassTerminal, "DiskExpired", fixExpired},
+	{"ResourceUnavailable.Expire", node.ClassTerminal, "DiskExpired", fixExpired},
+	{"InvalidDisk.TypeError", node.ClassTerminal, "NotADataDisk", fixNotData},
+	{"ResourceUnavailable.TypeError", node.ClassTerminal, "NotADataDisk", fixNotData},
+	{"InvalidDisk.NotSupported", node.ClassTerminal, "Unsupported", ""},
+	{"ResourceUnavailable.NotSupported", node.ClassTerminal, "Unsupported", ""},
+	{"InvalidInstance.NotSupported", node.ClassTerminal, "Unsupported", ""},
+	{"InvalidDiskId", node.ClassTerminal, "DiskUnknown", "correct disks[].diskID in the NodeConfig: the region has no such disk"},
 	// What is already so, or no longer there, is seen by the next plan.
 	{"UnsupportedOperation.AttachmentAlreadyExists", node.ClassTransient, "AlreadyAttached", ""},
+	{"ResourceUnavailable.Attached", node.ClassTransient, "AlreadyAttached", ""},
 	{"UnsupportedOperation.AttachmentNotFound", node.ClassTransient, "NotAttached", ""},
 	{"ResourceInUse", node.ClassWaiting, "InUse", ""},
 	// The credentials have rotated under the request; Client has dropped them.

@@ -102,6 +102,8 @@ func decode(doc []byte, part int) (node.Config, error) {
 		}
 	}
 	if len(d.problems) == 0 {
+		cfg.Disks = append(cfg.Disks, fromTKE(cfg.DataDisks, cfg.MountTarget)...)
+		cfg.DataDisks, cfg.MountTarget = nil, "" // which are not sealed
 		return cfg, nil
 	}
 	for i := range d.problems {

@@ -8,7 +8,6 @@ import (
 	"maps"
 	"net/netip"
 	"net/url"
-	"path"
 	"regexp"
 	"slices"
 	"strconv"
@@ -23,7 +22,11 @@ type validator struct {
 	skip     func(field string) bool // a problem of it is known already
 	present  map[string]int          // the fields that the document says
 	problems Problems
+	places   []place // of mount points, so far
 }
+
+// place is a mount point, and the field that names it.
+type place struct{ field, dir string }
 
 func (v *validator) problem(field, format string, args ...any) {
 	if !v.skip(field) {
@@ -46,7 +49,8 @@ func (v *validator) config(c *node.Config) {
 	}
 	v.node(&c.Node)
 	v.network(&c.Network)
-	v.disks(c.Disks)
+	v.disks(c.Disks, len(c.Disks)+len(c.DataDisks) == 1)
+	v.dataDisks(c)
 	v.kubelet(&c.Kubelet)
 	v.registries(c.Containerd.Registries)
 	v.services(c)
@@ -275,62 +279,6 @@ func (v *validator) ids(field, prefix string, ids []string, advice string) {
 		}
 	}
 }
-
-// Directories that a data disk must not hide. The last three hold what bootstrap
-// and the agent write before disks are mounted.
-var (
-	systemDirs = []string{
-		"/", "/home", "/media", "/mnt", "/opt", "/root", "/srv", "/var", "/var/cache", "/var/lib", "/var/log", "/var/tmp",
-		"/var/lib/kubelet", "/var/lib/systemd", "/var/lib/tkenode",
-	}
-	systemTrees = []string{
-		"/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var/run",
-		"/opt/cni", "/var/lib/kubelet/pki", "/var/lib/tkenode",
-	}
-)
-
-func (v *validator) disks(disks []node.DiskConfig) {
-	for i, d := range disks {
-		at := index("disks", i)
-		if len(d.IDs()) == 0 && len(disks) > 1 {
-			v.problem(at+".diskID", "missing; with more than one disk each needs its id")
-		}
-		v.diskIDs(at, d, disks[:i])
-		v.encryption(at+".encryption", d)
-		if d.FileSystem != node.Ext4 && d.FileSystem != node.XFS {
-			v.problem(at+".fileSystem", "found %s, expected ext4 or xfs", quote(string(d.FileSystem)))
-		}
-		if d.WhenNotBlank != node.RefuseFound && d.WhenNotBlank != node.MountFound {
-			v.problem(at+".whenNotBlank", "found %s, expected refuse or mount: what holds data is never formatted", quote(string(d.WhenNotBlank)))
-		}
-		if v.need(at+".mountPoint", d.MountPoint, "write the directory to mount it on, such as /var/lib/containerd") {
-			v.mountPoint(at+".mountPoint", d.MountPoint, disks[:i])
-		}
-	}
-}
-
-func (v *validator) mountPoint(field, dir string, before []node.DiskConfig) {
-	switch {
-	case !path.IsAbs(dir):
-		v.problem(field, "found %s, expected an absolute path", quote(dir))
-		return
-	case path.Clean(dir) != dir:
-		v.problem(field, "found %s, did you mean %s?", quote(dir), quote(path.Clean(dir)))
-		return
-	case strings.ContainsFunc(dir, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(`\%"'$`, r) }):
-		v.problem(field, "found %s, expected a path of plain characters", quote(dir))
-		return
-	case slices.Contains(systemDirs, dir) || slices.ContainsFunc(systemTrees, func(t string) bool { return within(dir, t) }):
-		v.problem(field, "found %s, which the system itself uses; mount the disk elsewhere, such as on /var/lib/containerd or /data", quote(dir))
-	}
-	for j, o := range before {
-		if within(dir, o.MountPoint) || within(o.MountPoint, dir) {
-			v.problem(field, "%s and %s's %s are the same, or one is inside of the other; keep them apart", quote(dir), index("disks", j), quote(o.MountPoint))
-		}
-	}
-}
-
-func within(dir, tree string) bool { return dir == tree || strings.HasPrefix(dir, tree+"/") }
 
 func (v *validator) kubelet(k *node.KubeletConfig) {
 	v.limit("kubelet.maxPods", k.MaxPods, node.MaxPodsLimit)

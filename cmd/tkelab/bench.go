@@ -22,7 +22,7 @@ func benchmark(ctx context.Context, args []string) error {
 	areas := map[string]struct {
 		n   int // by default
 		run func(ctx context.Context, n int, p *progress) ([]bench.Figure, error)
-	}{"boot": {3, benchBoot}, "eni": {200, benchENI}}
+	}{"boot": {3, benchBoot}, "eni": {200, benchENI}, "disk": {10, benchDisk}}
 	if len(args) == 0 {
 		return fmt.Errorf("%w: which benchmark?", errUsage)
 	}
@@ -86,6 +86,30 @@ func benchENI(ctx context.Context, runs int, p *progress) ([]bench.Figure, error
 
 // benchNode is the process of one stage of benchENI.
 func benchNode(ctx context.Context, args []string) error { return bench.ENIStage(ctx, args, os.Stdout) }
+
+// benchDisk needs no lab but its cloud. The peer is where make puts it: beside this
+// binary.
+func benchDisk(ctx context.Context, pairs int, p *progress) ([]bench.Figure, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(cacheDir(), 0o755); err != nil {
+		return nil, err
+	}
+	figures, err := bench.Disk(ctx, bench.DiskOptions{
+		Dir: cacheDir(), Peer: filepath.Join(filepath.Dir(self), "peer", "mountutils"), Runs: pairs, Progress: p,
+	})
+	if err == nil {
+		p.Say("%s", "\n"+bench.Table(figures))
+	}
+	return figures, err
+}
+
+// benchDiskNode is the process of one stage of benchDisk.
+func benchDiskNode(ctx context.Context, args []string) error {
+	return bench.DiskStage(ctx, args, os.Stdout)
+}
 
 // withLab runs f with a lab in this process, and nothing else in the lab's
 // directory.

@@ -39,8 +39,9 @@ func commands() []command {
 		{"console", "[ID]", "show the serial console of a CVM", console},
 		{"kubectl", "ARGS…", "kubectl as the cluster's administrator", kubectl},
 		{"down", "", "stop the region; nothing is left behind", down},
-		{"bench", "boot|eni [-n PAIRS]", "measure power-on to Ready, or the network of pods, against what others have", benchmark},
+		{"bench", "boot|eni|disk [-n PAIRS]", "measure power-on to Ready, the network of pods, or new disks, against what others have", benchmark},
 		{bench.ENINode, "", "", benchNode},
+		{bench.DiskNode, "", "", benchDiskNode},
 		{"connect", "ADDR", "", connect},
 		{"serve", "", "", serve},
 	}

@@ -2,20 +2,33 @@
 // and what the person on call types. One file a command; the table in command.go
 // is what help, the man page and the completions are made from.
 //
+// It is also the process that the agent sends to a disk that may hang, which is no
+// command of anybody's.
+//
 // The operator's commands only ask the agent, over its socket; none of them
 // changes the node by itself.
 package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
+
+	"github.com/tkenode/tkenode/agent/disk"
 )
 
 //go:generate go test -run ^TestGenerated$ . -update
 
 func main() {
+	if len(os.Args) == 2 && os.Args[1] == disk.HelperCommand {
+		if err := disk.Help(os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintf(os.Stderr, "tkenode: %v\n", err)
+			os.Exit(exitError)
+		}
+		return
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := run(ctx, newTerminal(os.Stdout), newTerminal(os.Stderr), os.Args[1:])
 	stop()

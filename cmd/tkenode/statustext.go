@@ -68,8 +68,11 @@ func renderStatus(t *terminal, st api.Status) {
 	for _, c := range st.Warnings {
 		t.block("  ", fmt.Sprintf("%s since %s (%s): %s", c.Type, clock(c.Since, st.Now), span(st.Now.Sub(c.Since)), c.Message))
 		look := "tkenode eni"
-		if c.Type == node.RepairsUndone {
+		switch c.Type {
+		case node.RepairsUndone:
 			look = "journalctl -u tkenode-agent -g RepairsUndone"
+		case node.ReadonlyFilesystem, node.IOError, node.Ext4Error, node.DiskNotGrown, node.VolumeMismatch:
+			look = "tkenode disks"
 		}
 		t.printf("  look: %s\n\n", t.paint(bold, look))
 	}

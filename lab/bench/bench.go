@@ -6,8 +6,11 @@
 package bench
 
 import (
+	"fmt"
 	"math"
 	"slices"
+	"strings"
+	"text/tabwriter"
 )
 
 // Figure is one measured number, as it is printed: one JSON object a line.
@@ -64,3 +67,19 @@ func percentile(values []float64, percent int) float64 {
 
 // round keeps as many decimals as mean anything.
 func round(v float64) float64 { return math.Round(v*1000) / 1000 }
+
+// Table writes figures for people.
+func Table(figures []Figure) string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "figure\tours\tpeer\tratio\tunit\truns")
+	for _, f := range figures {
+		peer, ratio := "", ""
+		if f.PeerName != "" {
+			peer, ratio = fmt.Sprint(f.Peer), fmt.Sprintf("%.2f", f.Ratio)
+		}
+		fmt.Fprintf(w, "%s\t%v\t%s\t%s\t%s\t%d\n", f.Name, f.Ours, peer, ratio, f.Unit, f.Runs)
+	}
+	w.Flush() // into memory
+	return b.String()
+}

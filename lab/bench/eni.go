@@ -7,18 +7,12 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
-	"runtime"
 	"syscall"
-	"time"
 )
 
 // ENIPeer is what the network is compared with: the plugins that the CNI project
 // itself keeps for a node whose pods are routed to.
 const ENIPeer = "ptp+host-local"
-
-// stageLimit is several times what a stage takes.
-const stageLimit = 8 * time.Minute
 
 // ENIOptions say what ENI works with.
 type ENIOptions struct {
@@ -66,18 +60,11 @@ var eniStages = []eniStage{
 	{"an empty pool", measureEmpty},
 }
 
-// message is a line that a stage's process prints.
-type message struct {
-	Say    string  `json:"say,omitempty"`
-	Figure *Figure `json:"figure,omitempty"`
-}
-
 // ENINode is the command line of tkelab that a stage's process is started with;
 // ENIStage runs it.
 const ENINode = "bench-node"
 
-// run runs a stage in a process of its own. It ends with this one, however that
-// ends, and with it everything that lives in its namespaces.
+// run runs a stage in a process of its own.
 func (o ENIOptions) run(ctx context.Context, s eniStage) (figures []Figure, err error) {
 	dir, err := os.MkdirTemp(o.Dir, "eni-")
 	if err != nil {
@@ -85,50 +72,7 @@ func (o ENIOptions) run(ctx context.Context, s eniStage) (figures []Figure, err 
 	}
 	defer os.RemoveAll(dir)
 	o.Dir = dir
-	in, err := json.Marshal(o)
-	if err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, stageLimit)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, "/proc/self/exe", ENINode, s.name, string(in))
-	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
-		Setpgid:    true, // a Ctrl-C is for us to pass on
-		Pdeathsig:  syscall.SIGKILL,
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	// The signal of the parent's death is that of the thread which has started it.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	lines := json.NewDecoder(out)
-	for {
-		var m message
-		if err := lines.Decode(&m); err != nil {
-			if err != io.EOF {
-				cancel()
-				return nil, errors.Join(err, cmd.Wait())
-			}
-			break
-		}
-		if m.Say != "" {
-			o.Progress.Say("%s", m.Say)
-		}
-		if m.Figure != nil {
-			figures = append(figures, *m.Figure)
-		}
-	}
-	if err := cmd.Wait(); err != nil {
-		return nil, errors.Join(err, ctx.Err())
-	}
-	return figures, nil
+	return runStage(ctx, o.Progress, syscall.CLONE_NEWNET|syscall.CLONE_NEWNS|syscall.CLONE_NEWPID, ENINode, s.name, o)
 }
 
 // ENIStage is the process of one stage; out is its standard output.

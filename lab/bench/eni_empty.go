@@ -103,10 +103,11 @@ func (h host) PlugNIC(_ context.Context, _ string, nic cloud.NIC) error {
 
 func (h host) UnplugNIC(_ context.Context, _, eni string) error { return h.Network.Detach(eni) }
 
-func (host) Detach(string) error                                  { return nil }
-func (host) Destroy(context.Context, string) error                { return nil }
-func (host) PlugDisk(context.Context, string, cloud.Volume) error { return nil }
-func (host) UnplugDisk(context.Context, string, string) error     { return nil }
+func (host) Detach(string) error                                    { return nil }
+func (host) Destroy(context.Context, string) error                  { return nil }
+func (host) PlugDisk(context.Context, string, cloud.Volume) error   { return nil }
+func (host) UnplugDisk(context.Context, string, string) error       { return nil }
+func (host) ResizeDisk(context.Context, string, cloud.Volume) error { return nil }
 
 // direct calls a handler of the region in place, as the instance.
 type direct struct {

@@ -30,8 +30,8 @@ import (
 // agent's side is what the agent itself is made of: the network, the engine that
 // runs its modules, and the CNI socket.
 type eniNode struct {
+	reporter
 	o   ENIOptions
-	out *json.Encoder
 	log *slog.Logger
 
 	facts   node.Facts
@@ -63,16 +63,10 @@ func newENINode(o ENIOptions, out *json.Encoder) (*eniNode, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &eniNode{o: o, out: out, log: slog.New(slog.NewTextHandler(logTo, nil)), closers: []func() error{logTo.Close}}
+	n := &eniNode{o: o, reporter: reporter{out}, log: slog.New(slog.NewTextHandler(logTo, nil)), closers: []func() error{logTo.Close}}
 	n.facts = node.Facts{InstanceID: "ins-00000001", MAC: primaryMAC, PrivateIP: netip.MustParseAddr("10.0.0.30"), VPCID: cloud.Default().VPCID}
 	return n, setUp("lo")
 }
-
-func (n *eniNode) say(format string, args ...any) {
-	n.out.Encode(message{Say: fmt.Sprintf(format, args...)})
-}
-
-func (n *eniNode) figure(f Figure) { n.out.Encode(message{Figure: &f}) }
 
 // start starts the agent's side, and waits until it serves.
 func (n *eniNode) start(ctx context.Context, api eni.Cloud, config node.NetworkConfig) error {

@@ -49,6 +49,8 @@ var actions = map[string]action{
 	"cbs:AttachDisks":                     {20, false, handle((*Region).attachDisks)},
 	"cbs:DetachDisks":                     {20, false, handle((*Region).detachDisks)},
 	"cbs:CreateDisks":                     {20, true, handle((*Region).createDisks)},
+	"cbs:ResizeDisk":                      {20, false, handle((*Region).resizeDisk)},
+	"cbs:DescribeInstancesDiskNum":        {20, false, handle((*Region).describeInstancesDiskNum)},
 	"cvm:DescribeInstances":               {40, false, handle((*Region).describeInstances)},
 	"cvm:DescribeZones":                   {20, false, handle((*Region).describeZones)},
 }

@@ -1,6 +1,7 @@
 package cloud
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"strconv"
@@ -45,7 +46,7 @@ func describeDisk(d Disk) diskOut {
 	out := diskOut{
 		DiskId: d.ID, DiskName: d.Name, DiskType: d.Type, DiskUsage: "DATA_DISK", DiskChargeType: "POSTPAID_BY_HOUR",
 		DiskSize: d.SizeGiB, DiskState: d.State, Attached: d.State == attached, InstanceId: d.Instance, InstanceIdList: []string{},
-		InstanceType: "CVM", LastAttachInsId: d.LastInstance, DeleteWithInstance: d.DeleteWithInstance, Portable: !d.System,
+		Encrypt: d.Encrypted, InstanceType: "CVM", LastAttachInsId: d.LastInstance, DeleteWithInstance: d.DeleteWithInstance, Portable: !d.System,
 		CreateTime: beijing(d.Created), Placement: placement{Zone: d.Zone},
 	}
 	if d.System {
@@ -140,10 +141,11 @@ func (r *Region) attachDisks(id string, in *attachDisksIn) (any, error) {
 		r.begin(id, work{
 			action: "AttachDisks", target: []string{d.ID}, takes: r.config.Delays.Attach,
 			do: func(ctx context.Context) error {
-				return r.hypervisor.PlugDisk(ctx, instance.ID, Volume{d.ID, d.SizeGiB, d.Content})
+				return r.hypervisor.PlugDisk(ctx, instance.ID, d.volume())
 			},
 			done: func(err error) {
-				if d.State, d.LastInstance = attached, instance.ID; err != nil {
+				d.State, d.LastInstance, d.Attached = attached, instance.ID, time.Now()
+				if err != nil {
 					d.State, d.Instance = unattached, ""
 				}
 				r.disks.put(d.ID, d)
@@ -259,4 +261,17 @@ func (r *Region) createDisks(id string, in *createDisksIn) (any, error) {
 		},
 	})
 	return struct{ DiskIdSet []string }{ids}, nil
+}
+
+// CreateDisk creates a data disk that is attached to nothing, at once, in a zone;
+// empty: the first.
+func (r *Region) CreateDisk(zone string, spec DiskSpec) Disk {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	d := Disk{
+		ID: newID("disk-"), Type: cmp.Or(spec.Type, defaultDiskType), SizeGiB: spec.SizeGiB, State: unattached, Content: spec.Content,
+		Zone: cmp.Or(zone, r.config.Zones[0].Name), Created: time.Now(),
+	}
+	r.disks.put(d.ID, d)
+	return d
 }

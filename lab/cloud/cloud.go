@@ -116,6 +116,8 @@ type Volume struct {
 	Disk    string
 	SizeGiB int
 	Content string // a file; empty: none
+	// Encrypted says that a guest sees another size only of a disk that is plugged anew.
+	Encrypted bool
 }
 
 // Machine is what an instance is started from.
@@ -140,6 +142,9 @@ type Hypervisor interface {
 	UnplugNIC(ctx context.Context, instance, eni string) error
 	PlugDisk(ctx context.Context, instance string, v Volume) error
 	UnplugDisk(ctx context.Context, instance, disk string) error
+	// ResizeDisk makes a disk as large as v says, whether or not its machine runs;
+	// without an instance it has none.
+	ResizeDisk(ctx context.Context, instance string, v Volume) error
 }
 
 // Port is the end of an ENI in the VPC.

@@ -109,6 +109,14 @@ func (m *machines) UnplugNIC(_ context.Context, instance, eni string) error {
 func (m *machines) PlugDisk(_ context.Context, instance string, v cloud.Volume) error {
 	return m.plug(instance, v.Disk)
 }
+func (m *machines) ResizeDisk(_ context.Context, instance string, v cloud.Volume) error {
+	unlock, err := m.lock()
+	defer unlock()
+	if err == nil && m.devices[v.Disk] != instance {
+		err = fmt.Errorf("disk %s is not in %q", v.Disk, instance)
+	}
+	return err
+}
 func (m *machines) UnplugDisk(_ context.Context, instance, disk string) error {
 	return m.unplug(instance, disk)
 }

@@ -77,6 +77,7 @@ func (r *Region) describeInstance(in Instance, disks []Disk) instanceOut {
 			out.VirtualPrivateCloud.SubnetId = s.ID
 		}
 	}
+	disks = slices.SortedStableFunc(slices.Values(disks), func(a, b Disk) int { return a.Attached.Compare(b.Attached) })
 	for _, d := range disks {
 		switch {
 		case d.Instance != in.ID:

@@ -19,6 +19,9 @@ func (idle) Destroy(context.Context, string) error           { return nil }
 func (idle) PlugNIC(context.Context, string, NIC) error      { return nil }
 func (idle) UnplugNIC(context.Context, string, string) error { return nil }
 func (idle) PlugDisk(context.Context, string, Volume) error  { return nil }
+func (idle) ResizeDisk(context.Context, string, Volume) error {
+	return nil
+}
 func (idle) UnplugDisk(context.Context, string, string) error {
 	return nil
 }

@@ -33,6 +33,9 @@ type DiskSpec struct {
 	// Content is a raw file of the hypervisor's that the disk begins as, as one made
 	// from a snapshot does; empty: blank.
 	Content string
+	ID      string // default: any
+	// Encrypted disks show another size only once they are attached anew.
+	Encrypted bool
 }
 
 const (
@@ -58,7 +61,7 @@ func (r *Region) Launch(ctx context.Context, spec InstanceSpec) (Instance, error
 	}
 	for _, d := range disks {
 		if !d.System {
-			m.Volumes = append(m.Volumes, Volume{d.ID, d.SizeGiB, d.Content})
+			m.Volumes = append(m.Volumes, d.volume())
 		}
 	}
 	err = r.run(ctx, m, enis)
@@ -134,7 +137,7 @@ func (r *Region) create(spec InstanceSpec) (Instance, []ENI, []Disk, error) {
 	}}
 	for _, d := range spec.DataDisks {
 		disks = append(disks, Disk{
-			ID: newID("disk-"), Type: cmp.Or(d.Type, defaultDiskType), SizeGiB: d.SizeGiB, Content: d.Content, DeleteWithInstance: d.DeleteWithInstance,
+			ID: cmp.Or(d.ID, newID("disk-")), Encrypted: d.Encrypted, Type: cmp.Or(d.Type, defaultDiskType), SizeGiB: d.SizeGiB, Content: d.Content, DeleteWithInstance: d.DeleteWithInstance,
 		})
 		if d.Content != "" {
 			disks[len(disks)-1].Snapshot = newID("snap-")
@@ -143,6 +146,7 @@ func (r *Region) create(spec InstanceSpec) (Instance, []ENI, []Disk, error) {
 	for i := range disks {
 		d := &disks[i]
 		d.State, d.Zone, d.Instance, d.LastInstance, d.Created = attached, s.Zone, in.ID, in.ID, now
+		d.Attached = now.Add(time.Duration(i))
 		r.disks.put(d.ID, *d)
 	}
 	r.instances.put(in.ID, in)
@@ -177,6 +181,9 @@ func (r *Region) complete(spec *InstanceSpec) (Subnet, error) {
 	for _, d := range spec.DataDisks {
 		if d.SizeGiB <= 0 {
 			return s, fmt.Errorf("data disk of %d GiB", d.SizeGiB)
+		}
+		if _, ok := r.disks.get(d.ID); ok {
+			return s, fmt.Errorf("disk %s is there already", d.ID)
 		}
 	}
 	if spec.PrivateIP.IsValid() {

@@ -97,6 +97,7 @@ var requests = map[string]any{
 	"DescribeVpcTaskResult":           vpc.DescribeVpcTaskResultRequest{},
 	"DescribeZones":                   cvm.DescribeZonesRequest{},
 	"DescribeDisks":                   cbs.DescribeDisksRequest{},
+	"DescribeInstancesDiskNum":        cbs.DescribeInstancesDiskNumRequest{},
 	"DescribeInstances":               cvm.DescribeInstancesRequest{},
 }
 
@@ -119,6 +120,8 @@ var answers = map[string]any{
 	"AttachDisks":                     cbs.AttachDisksResponse{},
 	"DetachDisks":                     cbs.DetachDisksResponse{},
 	"CreateDisks":                     cbs.CreateDisksResponse{},
+	"ResizeDisk":                      cbs.ResizeDiskResponse{},
+	"DescribeInstancesDiskNum":        cbs.DescribeInstancesDiskNumResponse{},
 	"DescribeInstances":               cvm.DescribeInstancesResponse{},
 	"DescribeZones":                   cvm.DescribeZonesResponse{},
 }
@@ -377,6 +380,52 @@ func TestSDKDisks(t *testing.T) {
 		disks := must(t, a2, err).Response.DiskSet
 		if len(disks) != 2 || *disks[0].DiskUsage == *disks[1].DiskUsage || *disks[0].LastAttachInsId != s.instance.ID {
 			t.Errorf("the instance's disks: %s", a2.ToJsonString())
+		}
+	})
+}
+
+func TestSDKResizeDisk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSDK(t, cloud.Default())
+		time.Sleep(10 * time.Second) // the launch is visible
+		disk := func() *cbs.Disk {
+			q := cbs.NewDescribeDisksRequest()
+			q.Filters = []*cbs.Filter{{Name: common.StringPtr("disk-usage"), Values: common.StringPtrs([]string{"DATA_DISK"})}}
+			a, err := s.cbs.DescribeDisks(q)
+			return must(t, a, err).Response.DiskSet[0]
+		}
+		q := cbs.NewResizeDiskRequest()
+		q.DiskId, q.DiskSize = disk().DiskId, common.Uint64Ptr(20)
+		if _, err := s.cbs.ResizeDisk(q); sdkCode(err) != "InvalidParameterValue" {
+			t.Errorf("as large as it is: %v", err)
+		}
+		*q.DiskSize = 40
+		if _, err := s.cbs.ResizeDisk(q); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.cbs.ResizeDisk(q); sdkCode(err) != "ResourceBusy" {
+			t.Errorf("again at once: %v", err)
+		}
+		time.Sleep(2100 * time.Millisecond)
+		if d := disk(); *d.DiskState != "EXPANDING" || *d.DiskSize != 20 {
+			t.Errorf("after 2.1 s it is %s with %d GiB", *d.DiskState, *d.DiskSize)
+		}
+		time.Sleep(time.Second)
+		if d := disk(); *d.DiskState != "ATTACHED" || *d.DiskSize != 40 || *d.InstanceId != s.instance.ID || *d.Encrypt {
+			t.Errorf("after 3.1 s it is %s with %d GiB", *d.DiskState, *d.DiskSize)
+		}
+
+		n := cbs.NewDescribeInstancesDiskNumRequest()
+		n.InstanceIds = common.StringPtrs([]string{s.instance.ID})
+		a, err := s.cbs.DescribeInstancesDiskNum(n)
+		if d := must(t, a, err).Response.AttachDetail; len(d) != 1 || *d[0].InstanceId != s.instance.ID || *d[0].AttachedDiskCount != 1 || *d[0].MaxAttachCount != 20 {
+			t.Errorf("disks of the instance: %s", a.ToJsonString())
+		}
+		if ours, err := s.api.CountDisks(t.Context(), s.instance.ID); err != nil || ours.Attached != 1 || ours.Max != 20 {
+			t.Errorf("as the agent has it: %+v, %v", ours, err)
+		}
+		if _, err := s.api.CountDisks(t.Context(), "ins-00000000"); err == nil {
+			t.Error("another's instance was counted")
 		}
 	})
 }

@@ -91,8 +91,10 @@ type Disk struct {
 	LastInstance       string
 	DeleteWithInstance bool
 	Content            string // see DiskSpec
+	Encrypted          bool   `json:",omitempty"`
 	Snapshot           string // that Content is said to be
 	Created            time.Time
+	Attached           time.Time // the order in which an instance has its disks
 }
 
 // copy returns an ENI that shares nothing with e.

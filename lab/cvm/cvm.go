@@ -48,11 +48,12 @@ type NIC struct {
 	Socket string
 }
 
-// Disk is a virtio disk whose serial is its ID. Its file is raw: QEMU must never
-// guess a format from what a guest has written.
+// Disk is a virtio disk whose serial is its ID, or what Serial says. Its file is raw:
+// QEMU must never guess a format from what a guest has written.
 type Disk struct {
-	ID   string
-	Path string
+	ID     string
+	Path   string
+	Serial *string // that the guest is told instead, nil: the ID
 }
 
 // Machine is a machine that has been started.

@@ -33,8 +33,12 @@ func (d Disk) backend() map[string]string {
 }
 
 func (d Disk) device(slot int) map[string]string {
+	serial := d.ID
+	if d.Serial != nil {
+		serial = *d.Serial
+	}
 	return map[string]string{
-		"driver": "virtio-blk-pci", "id": d.ID, "drive": blockNode(d.ID), "serial": d.ID, "bus": rootPort(slot),
+		"driver": "virtio-blk-pci", "id": d.ID, "drive": blockNode(d.ID), "serial": serial, "bus": rootPort(slot),
 	}
 }
 
@@ -179,6 +183,21 @@ func (m *Machine) pullDisk(ctx context.Context, id string) error {
 		}
 		return m.removeBlockNode(ctx, id)
 	})
+}
+
+// HangDisk makes a disk answer no read and no write, until it is told otherwise. What
+// has been asked meanwhile is answered then.
+func (m *Machine) HangDisk(ctx context.Context, id string, hang bool) error {
+	limit := 0 // bytes in a second; none
+	if hang {
+		limit = 1
+	}
+	// The disk's backend is not of the PCI device, but of the virtio device on it.
+	args := map[string]any{"id": "/machine/peripheral/" + id + "/virtio-backend", "bps": 0, "bps_rd": limit, "bps_wr": limit, "iops": 0, "iops_rd": 0, "iops_wr": 0}
+	if err := m.qmp.do(ctx, "block_set_io_throttle", args, nil); err != nil {
+		return fmt.Errorf("throttle disk %s of %s: %w", id, m.spec.Name, err)
+	}
+	return nil
 }
 
 // eio is EIO as Linux and so blkdebug count it.

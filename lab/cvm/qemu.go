@@ -74,15 +74,26 @@ func (m *Machine) arguments() ([]string, error) {
 		}
 		args = append(args, "-netdev", commandLine(n.backend(), "type"), "-device", commandLine(n.device(slot), "driver"))
 	}
-	for _, d := range s.Disks {
-		slot, err := m.takeSlot(d.ID)
-		if err != nil {
-			return nil, err
+	for i, d := range s.Disks {
+		device := d.device(0)
+		if i < pluggedDisks {
+			slot, err := m.takeSlot(d.ID)
+			if err != nil {
+				return nil, err
+			}
+			device = d.device(slot)
+		} else { // as many as there are functions, but they stay until the machine is off
+			at := i - pluggedDisks
+			device["bus"], device["addr"], device["multifunction"] = "pcie.0", fmt.Sprintf("0x%x.%d", 0x13+at/portsPerSlot, at%portsPerSlot), "on"
 		}
-		args = append(args, "-blockdev", commandLine(d.backend(), "driver"), "-device", commandLine(d.device(slot), "driver"))
+		args = append(args, "-blockdev", commandLine(d.backend(), "driver"), "-device", commandLine(device, "driver"))
 	}
 	return args, nil
 }
+
+// pluggedDisks of those that a machine starts with can be unplugged: some root ports
+// are left for others.
+const pluggedDisks = 6
 
 func (a Accel) arguments() []string {
 	if a == KVM {

@@ -105,6 +105,8 @@ type Node struct {
 		Name   string
 		UID    string
 		Labels map[string]string
+
+		Annotations map[string]string
 	}
 	Spec struct {
 		ProviderID    string
@@ -175,8 +177,9 @@ type Pod struct {
 	Labels      map[string]string
 	Annotations map[string]string
 	HostNetwork bool
-	Port        int // that HostPort leads to
-	HostPort    int // of the node; 0: none
+	Port        int    // that HostPort leads to
+	HostPort    int    // of the node; 0: none
+	HostPath    string // directory of the node that the pod has, too, at the same path; empty: none
 }
 
 // PodStatus is what the lab looks at in a Pod.
@@ -209,6 +212,10 @@ func (c *Cluster) RunPod(ctx context.Context, p Pod) error {
 		container["ports"] = []any{map[string]any{"containerPort": p.Port, "hostPort": p.HostPort}}
 	}
 	spec := map[string]any{"containers": []any{container}, "terminationGracePeriodSeconds": 1}
+	if p.HostPath != "" {
+		container["volumeMounts"] = []any{map[string]any{"name": "host", "mountPath": p.HostPath}}
+		spec["volumes"] = []any{map[string]any{"name": "host", "hostPath": map[string]any{"path": p.HostPath}}}
+	}
 	if p.HostNetwork {
 		spec["hostNetwork"], spec["dnsPolicy"] = true, "ClusterFirstWithHostNet"
 	}

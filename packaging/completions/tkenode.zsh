@@ -10,7 +10,7 @@ if (( CURRENT == 2 )); then
 		'eni:the ENIs, their addresses, and what the pool waits for'
 		'pods:the pods that have a VPC address, and how they are wired'
 		'explain:pod, ip, disk'
-		'disks:the disks of the NodeConfig, and how each stands'
+		'disks:the disks of the NodeConfig, how each stands, and the others that are attached'
 		'disk:adopt, format'
 		'config:show, check'
 		'agent:keep this CVM a working node; systemd runs it'
