@@ -153,7 +153,7 @@ func (a *Agent) decide(ctx context.Context, o disk.Order) error {
 	var known []string
 	for _, d := range a.knownDisks() {
 		st := d.State()
-		if st.DiskID != o.DiskID {
+		if !st.Has(o.DiskID) {
 			known = append(known, cmp.Or(st.DiskID, st.Name))
 			continue
 		}

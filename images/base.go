@@ -23,7 +23,7 @@ var packages = []string{
 	"systemd", "systemd-sysv", "systemd-timesyncd", "systemd-resolved", "libpam-systemd", "dbus", "udev",
 	"cloud-init", "cloud-guest-utils", "openssh-server", "ca-certificates",
 	"nftables", "iproute2", "conntrack", "ethtool",
-	"e2fsprogs", "xfsprogs",
+	"e2fsprogs", "xfsprogs", "mdadm", "cryptsetup-bin",
 	"procps", "less", "tcpdump", "strace", // for whoever is on call
 	"grub-pc-bin", // makes the boot loader; base.sh removes it again
 }

@@ -13,3 +13,6 @@ chroot "$1" apt-get -q -y autoremove --purge grub-pc-bin
 
 # Only ssh.socket listens.
 chroot "$1" systemctl disable ssh.service
+
+# It has an initramfs made by dracut at shutdown, which no disk of a node needs.
+chroot "$1" systemctl disable mdadm-shutdown.service

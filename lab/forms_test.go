@@ -171,11 +171,30 @@ func restart(t *testing.T, l *Lab, c *CVM, disks []cloud.Disk) {
 // testTakenOut seals a generation without the disk that the agent has attached: it is
 // unmounted and detached once nobody uses it, and the node goes on meanwhile.
 func testTakenOut(t *testing.T, l *Lab, c *CVM, archive string) {
+	l.mustRun(t, c, without(t, l, c, archive)+`
+		systemd-run -q --unit=holds-archive --working-directory=/archive sleep infinity
+		systemctl restart tkenode-bootstrap tkenode-agent`)
+	l.mustRun(t, c, `timeout 120 sh -c 'until tkenode status -o json | grep -q "is still used on /archive by sleep (pid"; do sleep 1; done'`)
+	ready(t, l, c, time.Minute)
+	l.mustRun(t, c, "systemctl stop holds-archive")
+	givenBack(t, l, c, archive)
+	converged(t, l, c)
+	if out := l.mustRun(t, c, "findmnt -n /archive; ls /var/lib/tkenode/disk; journalctl -b -o cat -u tkenode-agent | grep -E 'unmounted|detach'"); strings.Contains(out, ".attached") {
+		t.Errorf("the note is still there:\n%s", out)
+	} else {
+		t.Logf("%s", out)
+	}
+}
+
+// without returns the commands that seal a generation without the entry that names a
+// disk.
+func without(t *testing.T, l *Lab, c *CVM, id string) string {
+	t.Helper()
 	var s node.Sealed
 	if err := json.Unmarshal([]byte(l.mustRun(t, c, "tkenode config show")), &s); err != nil {
 		t.Fatal(err)
 	}
-	s.Config.Disks = slices.DeleteFunc(s.Config.Disks, func(d node.DiskConfig) bool { return d.DiskID == archive })
+	s.Config.Disks = slices.DeleteFunc(s.Config.Disks, func(d node.DiskConfig) bool { return slices.Contains(d.IDs(), id) })
 	next, err := node.Seal(s.Generation+1, s.Config, s.Facts, time.Now())
 	if err != nil {
 		t.Fatal(err)
@@ -185,27 +204,27 @@ func testTakenOut(t *testing.T, l *Lab, c *CVM, archive string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.mustRun(t, c, fmt.Sprintf(`cd %s && echo %s | base64 -d > %d.json && chmod 600 %d.json && ln -sfn %d.json current
-		systemd-run -q --unit=holds-archive --working-directory=/archive sleep infinity
-		systemctl restart tkenode-bootstrap tkenode-agent`, node.ConfigDir, base64.StdEncoding.EncodeToString(b), next.Generation, next.Generation, next.Generation))
-	l.mustRun(t, c, `timeout 120 sh -c 'until tkenode status -o json | grep -q "is still used on /archive by sleep (pid"; do sleep 1; done'`)
-	ready(t, l, c, time.Minute)
-	l.mustRun(t, c, "systemctl stop holds-archive")
+	return fmt.Sprintf("cd %s && echo %s | base64 -d > %d.json && chmod 600 %d.json && ln -sfn %d.json current",
+		node.ConfigDir, base64.StdEncoding.EncodeToString(b), next.Generation, next.Generation, next.Generation)
+}
+
+// givenBack waits until the cloud says of disks that nobody has them.
+func givenBack(t *testing.T, l *Lab, c *CVM, ids ...string) {
+	t.Helper()
 	ctx := within(t, 2*time.Minute)
 	for {
-		i := slices.IndexFunc(l.Region.Snapshot().Disks, func(d cloud.Disk) bool { return d.ID == archive && d.State == "UNATTACHED" && d.Instance == "" })
-		if i >= 0 {
-			break
+		free := 0
+		for _, d := range l.Region.Snapshot().Disks {
+			if slices.Contains(ids, d.ID) && d.State == "UNATTACHED" && d.Instance == "" {
+				free++
+			}
+		}
+		if free == len(ids) {
+			return
 		}
 		if ctx.Err() != nil {
-			t.Fatalf("the disk is not detached:\n%s", l.mustRun(t, c, "tkenode status || true; journalctl -b -o cat -u tkenode-agent | tail -40"))
+			t.Fatalf("of %d disks %d are detached:\n%s", len(ids), free, l.mustRun(t, c, "tkenode status || true; journalctl -b -o cat -u tkenode-agent | tail -40"))
 		}
 		time.Sleep(time.Second)
-	}
-	converged(t, l, c)
-	if out := l.mustRun(t, c, "findmnt -n /archive; ls /var/lib/tkenode/disk; journalctl -b -o cat -u tkenode-agent | grep -E 'unmounted|detach'"); strings.Contains(out, ".attached") {
-		t.Errorf("the note is still there:\n%s", out)
-	} else {
-		t.Logf("%s", out)
 	}
 }

@@ -178,7 +178,7 @@ Version: %s
 Architecture: %s
 Maintainer: The tkenode Authors <maintainers@tkenode.io>
 Installed-Size: %d
-Depends: systemd (>= 252), e2fsprogs, xfsprogs
+Depends: systemd (>= 252), e2fsprogs, xfsprogs, mdadm, cryptsetup-bin
 Section: admin
 Priority: optional
 Homepage: https://github.com/tkenode/tkenode

@@ -20,7 +20,7 @@ import (
 	"strings"
 )
 
-//go:embed systemd sysusers.d man completions debian
+//go:embed systemd sysusers.d udev man completions debian
 var files embed.FS
 
 // file is one file of the package. Exactly one of data, source and link is set.
@@ -92,6 +92,8 @@ func installed(name string, data []byte) (file, bool) {
 	switch {
 	case dir == "systemd/":
 		f.path = "/usr/lib/systemd/system/" + base
+	case dir == "udev/":
+		f.path = "/usr/lib/udev/rules.d/" + base
 	case dir == "sysusers.d/":
 		f.path = "/usr/lib/sysusers.d/" + base
 	case dir == "man/":

@@ -76,16 +76,16 @@ func (l ledger) forget(id string) error {
 }
 
 // attachable asks the cloud of a disk that is not here.
-func (d *Disk) attachable(ctx context.Context) (*attachment, error) {
+func (d *Disk) attachable(ctx context.Context, id string) (*attachment, error) {
 	ctx, cancel := context.WithTimeout(ctx, cloudPatience)
 	defer cancel()
-	disk, err := d.cloud.DescribeDisk(ctx, d.want.DiskID)
+	disk, err := d.cloud.DescribeDisk(ctx, id)
 	if err != nil {
-		return nil, fmt.Errorf("look where %s is attached: %w", d.want.DiskID, err)
+		return nil, fmt.Errorf("look where %s is attached: %w", id, err)
 	}
 	f := d.sealed.Facts
 	a := &attachment{Disk: disk, Instance: f.InstanceID, Zone: f.Zone}
-	if note, err := d.ledger.attached(d.want.DiskID); err == nil && note.InstanceID == f.InstanceID {
+	if note, err := d.ledger.attached(id); err == nil && note.InstanceID == f.InstanceID {
 		a.Recent = recent(note.At)
 	}
 	return a, nil
@@ -134,9 +134,9 @@ func attaching(want node.DiskConfig, a attachment) ([]step, error) {
 	return []step{{verb: join, text: fmt.Sprintf("attach %s to %s for %s", d.ID, a.Instance, want.MountPoint)}}, nil
 }
 
-// join notes that the disk is this agent's to detach, and begins to attach it.
-func (d *Disk) join(ctx context.Context) error {
-	id, instance := d.want.DiskID, d.sealed.Facts.InstanceID
+// join notes that a disk is this agent's to detach, and begins to attach it.
+func (d *Disk) join(ctx context.Context, id string) error {
+	instance := d.sealed.Facts.InstanceID
 	_, before := d.ledger.attached(id)
 	note := attached{DiskID: id, InstanceID: instance, MountPoint: d.want.MountPoint, At: time.Now().UTC().Truncate(time.Second)}
 	if err := d.ledger.store(id+attachedSuffix, note); err != nil {

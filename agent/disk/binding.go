@@ -94,6 +94,10 @@ func bindingOf(all []binding, mountPoint string) (binding, bool) {
 // boundBy says in a word, and in a sentence, why this disk is meant and no other.
 func (d *Disk) boundBy(have observed, id string) (word, text string) {
 	switch b := have.Binding; {
+	case len(d.want.DiskIDs) > 0 && d.want.Attach:
+		return "diskIDs", "named by disks[].diskIDs, and attached by the agent"
+	case len(d.want.DiskIDs) > 0:
+		return "diskIDs", "named by disks[].diskIDs"
 	case d.want.DiskID != "" && d.want.Attach:
 		return "diskID", "named by disks[].diskID, and attached by the agent"
 	case d.want.DiskID != "":

@@ -90,7 +90,8 @@ func (d *Disk) Decide(ctx context.Context, o Order) error {
 	if err != nil {
 		return err
 	}
-	dev, err := bind(d.want, have)
+	at, err := raise(d.want, have)
+	dev, found := at.target(o.DiskID, have)
 	switch m, mounted := have.at(d.want.MountPoint); {
 	case err != nil:
 		return refuse("%w", err)
@@ -101,10 +102,12 @@ func (d *Disk) Decide(ctx context.Context, o Order) error {
 	case have.ledgerErr != nil:
 		return refuse("%w", have.ledgerErr)
 	}
-	if err := unused(dev, have); err != nil {
+	if err := at.unused(have); err != nil {
 		return refuse("%w", err)
 	}
-	switch c := have.Content; {
+	switch c := found; {
+	case at.stale != nil:
+		return refuse("/dev/%s is yet to be stopped", at.stale.Name)
 	case c.Busy:
 		return refuse("%s is locked by another program", dev)
 	case o.Act == actAdopt && (!adoptable(c) || len(dev.Partitions) > 0):
@@ -118,6 +121,6 @@ func (d *Disk) Decide(ctx context.Context, o Order) error {
 	if err := d.ledger.store(c.DiskID+".decision", c); err != nil {
 		return err
 	}
-	d.log.Warn("an operator has decided", "act", c.Act, "disk", dev.String(), "uid", c.UID, "pid", c.PID, "found", have.Content.String())
+	d.log.Warn("an operator has decided", "act", c.Act, "disk", dev.String(), "uid", c.UID, "pid", c.PID, "found", found.String())
 	return nil
 }

@@ -50,7 +50,7 @@ func Detached(o Options) []*Detach {
 	var all []*Detach
 	for _, f := range files {
 		id := strings.TrimSuffix(filepath.Base(f), attachedSuffix)
-		if slices.ContainsFunc(o.Sealed.Config.Disks, func(e node.DiskConfig) bool { return e.DiskID == id }) ||
+		if slices.ContainsFunc(o.Sealed.Config.Disks, func(e node.DiskConfig) bool { return slices.Contains(e.IDs(), id) }) ||
 			slices.ContainsFunc(bound, func(b binding) bool { return b.DiskID == id }) {
 			continue // it is wanted
 		}
@@ -116,7 +116,7 @@ func (d *Detach) detach(ctx context.Context) error {
 	case disk.State != tencent.DiskAttached:
 		return node.Waiting("DiskBusy", "%s is %s; it is detached after that", id, disk.State)
 	}
-	if err := d.release(); err != nil {
+	if err := d.release(ctx); err != nil {
 		return err
 	}
 	d.note.Detaching = time.Now().UTC().Truncate(time.Second)
@@ -131,21 +131,16 @@ func (d *Detach) detach(ctx context.Context) error {
 }
 
 // release unmounts the disk if nobody uses it, and makes sure that nobody does.
-func (d *Detach) release() error {
-	all, err := devices(d.sys, nil)
-	if err != nil {
-		return err
+func (d *Detach) release(ctx context.Context) error {
+	dev, at, err := d.find()
+	if err != nil || dev.Serial == "" {
+		return err // it has not appeared, or is gone
 	}
-	i := slices.IndexFunc(all, func(v device) bool { return v.Serial == d.note.DiskID })
-	if i < 0 {
-		return nil // it has not appeared, or is gone
-	}
-	dev := all[i]
 	have := observed{}
 	if have.Mounts, err = mounts(); err != nil {
 		return err
 	}
-	if m, ok := have.at(d.note.MountPoint); ok && m.Dev == dev.Dev {
+	if m, ok := have.at(d.note.MountPoint); ok && m.Dev == at.dev().Dev {
 		err := unix.Unmount(m.Target, unix.UMOUNT_NOFOLLOW)
 		if errors.Is(err, unix.EBUSY) {
 			return node.Waiting("InUse", "%s is still used on %s by %s; it is detached once nobody does", dev, m.Target, word(strings.Join(programs(m.Target), ", ")))
@@ -165,6 +160,12 @@ func (d *Detach) release() error {
 			return err
 		}
 	}
+	for _, l := range slices.Backward(at.up) {
+		if err := l.lower(ctx); err != nil {
+			return err
+		}
+		dev.Holders = nil // or it would not have been let go
+	}
 	if have.Swaps, err = swaps(); err != nil {
 		return err
 	}
@@ -180,6 +181,37 @@ func (d *Detach) release() error {
 		return fmt.Errorf("claim %s: %w", dev, err)
 	}
 	return f.Close()
+}
+
+// find returns the disk, and what the ledger knows to stand on it. Of a stripe that has
+// lost a disk already, nothing does.
+func (d *Detach) find() (dev device, at place, err error) {
+	var have observed
+	if have.Devices, err = devices(d.sys, nil); err != nil {
+		return dev, at, err
+	}
+	i := slices.IndexFunc(have.Devices, func(v device) bool { return v.Serial == d.note.DiskID })
+	if i < 0 {
+		return dev, at, nil
+	}
+	dev = have.Devices[i]
+	at = place{disks: []device{dev}, devs: []device{dev}}
+	if have.Layers, err = readLayers(d.sys); err != nil {
+		return dev, at, err
+	}
+	have.Ledger, _ = d.ledger.read() // what it does not know is not ours to take down
+	made := have.Ledger[d.note.DiskID]
+	want := node.DiskConfig{DiskID: made.DiskID}
+	if made.Array != nil {
+		want = node.DiskConfig{DiskIDs: made.Array.Members}
+	}
+	if made.Crypt != "" {
+		want.Encryption = &node.DiskEncryption{}
+	}
+	if up, err := raise(want, have); err == nil && want.Layered() {
+		at = up
+	}
+	return dev, at, nil
 }
 
 // maxUsers is how many users of a disk are named.

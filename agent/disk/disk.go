@@ -10,6 +10,10 @@
 // started before, or every block of it is read. docs/disk.md says which evidence is
 // accepted, and why. Only an operator can have a disk formatted that is not blank.
 //
+// Between the disks and a file system there may be an array of several of them and an
+// encrypted mapping (stack.go). They are made under the same proofs, and are raised only
+// when every disk is there and holds what the ledger, or a mark of ours, says.
+//
 // Once it is mounted the disk is looked at again and again; one that goes, or turns
 // out to be another, is fenced: see fence.go. A mounted file system is grown when its
 // device is, and trimmed once a week.
@@ -64,6 +68,11 @@ type Disk struct {
 	suspect suspect
 	growth  growth
 	serials map[string]string // that devices have told, by device number and diskseq
+	// parts are the disks of a stripe, each with its own proof. A part is nothing but
+	// that, and used under its Disk's mu; held is its claim once it is proven.
+	parts map[string]*Disk
+	held  *held
+	wrong wrongKey // the last one
 }
 
 // Options say which disk is kept, and by what.
@@ -88,11 +97,17 @@ func New(o Options) *Disk {
 	if o.Tell == nil {
 		o.Tell = func() {}
 	}
-	return &Disk{
+	d := &Disk{
 		want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", boot: bootID(), ledger: ledger(o.Ledger), log: o.Log,
 		patience: readPatience, systemd: o.Systemd, run: o.Run, pods: podsCgroup, self: "/proc/self/exe", tell: o.Tell, poked: make(chan struct{}, 1),
-		serials: map[string]string{},
+		serials: map[string]string{}, parts: map[string]*Disk{}, tended: tended{moves: map[string]*progressing{}},
 	}
+	for _, id := range o.Want.DiskIDs {
+		part := o
+		part.Want = node.DiskConfig{DiskID: id, MountPoint: o.Want.MountPoint}
+		d.parts[id] = New(part)
+	}
+	return d
 }
 
 // Close gives up what is read, unless something that hangs holds the disk.
@@ -104,12 +119,12 @@ func (d *Disk) Close() {
 	}
 }
 
-// Name returns "disk/<disk id>", "disk<mount point>" for one that a selector finds,
-// or "disk/data" for the only data disk.
+// Name returns "disk/<disk id>", of a stripe its first disk's, "disk<mount point>" for
+// one that a selector finds, or "disk/data" for the only data disk.
 func (d *Disk) Name() string {
-	switch {
-	case d.want.DiskID != "":
-		return "disk/" + d.want.DiskID
+	switch id := d.firstID(); {
+	case id != "":
+		return "disk/" + id
 	case d.want.Selector != (node.DiskSelector{}):
 		return "disk" + d.want.MountPoint
 	}
@@ -162,11 +177,11 @@ func (d *Disk) Apply(ctx context.Context, p node.Plan) error {
 // holds mu.
 func (d *Disk) do(ctx context.Context, s step) error {
 	v := s.verb
-	have, err := d.observe(ctx, v != format)
+	have, err := d.observe(ctx, v != format || d.want.Layered())
 	if err != nil {
 		return err
 	}
-	if v == format {
+	if v == format && !d.want.Layered() {
 		have.Content.Blank = true // prove finds out
 	}
 	steps, err := decide(d.want, have)
@@ -180,28 +195,41 @@ func (d *Disk) do(ctx context.Context, s step) error {
 	case record:
 		return d.keep(ctx, have)
 	case join:
-		return d.join(ctx)
+		return d.join(ctx, have.Attach.Disk.ID)
 	case publish, reload, halt, quell, detach, bury:
 		defer d.poke()
 		return d.after(ctx, s, have)
 	}
-	dev, err := bind(d.want, have)
+	at, err := raise(d.want, have)
 	if err != nil {
 		return err
 	}
-	switch v {
+	switch dev := at.dev(); v {
 	case format:
-		return d.format(ctx, dev, have)
+		return d.format(ctx, at, have)
 	case adopt:
 		if c := have.Decision; c != nil && c.is(actAdopt, dev) {
 			if err := d.ledger.use(c); err != nil {
 				return err
 			}
 		}
-		return d.ledger.write(entry{
-			DiskID: dev.Serial, MountPoint: d.want.MountPoint, State: stateFormatted,
-			FileSystem: node.FileSystem(have.Content.Signatures[0]), UUID: have.Content.UUID, SizeBytes: dev.SizeBytes,
-		})
+		e := at.entry(d.want, have)
+		e.State, e.FileSystem, e.UUID = stateFormatted, node.FileSystem(have.Content.Signatures[0]), have.Content.UUID
+		if past := have.Ledger[e.DiskID]; past.UUID == e.UUID {
+			e.Proof = past.Proof // it was made here, and cut off before that was journalled
+		}
+		return d.ledger.write(e)
+	case lower:
+		if at.stale != nil {
+			return at.stale.lower(ctx)
+		}
+		return at.up[len(at.up)-1].lower(ctx)
+	case assemble:
+		defer d.account.begin("assemble")()
+		return d.assemble(ctx, at, have)
+	case unlock:
+		defer d.account.begin("open")()
+		return d.unlock(ctx, at)
 	case grow:
 		m, _ := have.at(d.want.MountPoint)
 		return d.grow(ctx, dev, m, have.FSBytes)

@@ -1,6 +1,7 @@
 package disk
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -20,6 +21,9 @@ type serving struct {
 	DiskID string `json:"diskID"`
 	Dev    string `json:"dev"` // that was mounted: 253:16
 	Seq    string `json:"seq,omitempty"`
+	// Disks are those that the device is made of, an array or an encrypted mapping, which
+	// outlives them; none: it is the disk itself.
+	Disks []serving `json:"disks,omitempty"`
 	// Gone is when the fence was complete; zero: it serves, as far as is known.
 	Gone time.Time `json:"gone,omitzero"`
 	// Why is the evidence that it is gone.
@@ -28,6 +32,43 @@ type serving struct {
 
 // pods stands, in a list of units, for the processes of all pods.
 const pods = "pods"
+
+// noteOf returns the note of a device that is mounted.
+func noteOf(dev device) serving {
+	note := serving{DiskID: dev.Serial, Dev: dev.Dev, Seq: dev.Seq}
+	if len(dev.under) > 0 {
+		for _, d := range dev.disks() {
+			note.Disks = append(note.Disks, noteOf(d))
+		}
+	}
+	return note
+}
+
+// of reports whether the note is of a device where it is now.
+func (s serving) of(dev device) bool {
+	same := func(a, b serving) bool { return a.DiskID == b.DiskID && a.Dev == b.Dev }
+	now := noteOf(dev)
+	return same(s, now) && slices.EqualFunc(s.Disks, now.Disks, same)
+}
+
+// disks returns the notes of the disks at the bottom.
+func (s serving) disks() []serving {
+	if len(s.Disks) == 0 {
+		return []serving{s}
+	}
+	return s.Disks
+}
+
+// ids names them.
+func (s serving) ids() []string {
+	var all []string
+	for _, d := range s.disks() {
+		all = append(all, d.DiskID)
+	}
+	return all
+}
+
+func (s serving) String() string { return strings.Join(s.ids(), "+") }
 
 // users returns what writes at mountPoint and cannot do without it, in the order in
 // which it has to be stopped. Of other mount points it is not known who uses them,
@@ -56,20 +97,20 @@ func fence(want node.DiskConfig, have observed) ([]step, error) {
 			switch {
 			case !slices.Contains(have.Users, u):
 			case u == pods:
-				steps = append(steps, step{verb: quell, text: fmt.Sprintf("kill the processes of all pods: %s is gone", was.DiskID)})
+				steps = append(steps, step{verb: quell, text: fmt.Sprintf("kill the processes of all pods: %s is gone", was)})
 			default:
-				steps = append(steps, step{verb: halt, unit: u, text: fmt.Sprintf("stop %s: %s is gone", u, was.DiskID)})
+				steps = append(steps, step{verb: halt, unit: u, text: fmt.Sprintf("stop %s: %s is gone", u, was)})
 			}
 		}
 		if m, ok := have.at(want.MountPoint); ok && m.Dev == was.Dev {
-			steps = append(steps, step{verb: detach, text: fmt.Sprintf("unmount what is left of %s on %s", was.DiskID, want.MountPoint)})
+			steps = append(steps, step{verb: detach, text: fmt.Sprintf("unmount what is left of %s on %s", was, want.MountPoint)})
 		}
-		return append(steps, step{verb: bury, text: fmt.Sprintf("note that %s is gone: %s", was.DiskID, have.Lost)}), nil
+		return append(steps, step{verb: bury, text: fmt.Sprintf("note that %s is gone: %s", was, have.Lost)}), nil
 	}
-	if want.DiskID != "" && want.DiskID != was.DiskID {
+	if ids := want.IDs(); len(ids) > 0 && !slices.Equal(ids, was.ids()) {
 		return nil, nil // another is wanted by now
 	}
-	if slices.ContainsFunc(have.Devices, func(d device) bool { return d.Serial == was.DiskID }) {
+	if have.missing(node.DiskConfig{DiskIDs: was.ids()}) == "" {
 		return nil, nil // it is back, and is mounted as after a boot
 	}
 	return nil, gone(want, *was)
@@ -77,7 +118,7 @@ func fence(want node.DiskConfig, have observed) ([]step, error) {
 
 // gone says since when a disk is away, and what to do.
 func gone(want node.DiskConfig, was serving) error {
-	text := fmt.Sprintf("%s, which was mounted on %s, is gone since %s: %s", was.DiskID, want.MountPoint, was.Gone.UTC().Format("2006-01-02 15:04:05Z"), was.Why)
+	text := fmt.Sprintf("%s, which was mounted on %s, is gone since %s: %s", was, want.MountPoint, was.Gone.UTC().Format("2006-01-02 15:04:05Z"), was.Why)
 	if len(users(want.MountPoint)) > 0 {
 		text += "; kubelet, containerd and the pods are stopped"
 	} else {
@@ -110,7 +151,7 @@ func lost(was serving, looks ...sight) string {
 	case other != "":
 		return fmt.Sprintf("its device number %s is another device's now (diskseq %s, it was %s)", was.Dev, other, was.Seq)
 	}
-	return fmt.Sprintf("its block device %s is not in /sys/dev/block any more", was.Dev)
+	return fmt.Sprintf("its block device %s is not in /sys/dev/block any more", cmp.Or(was.Dev, "(its number was not noted)"))
 }
 
 // sight is one look at the place of a block device in sysfs.
@@ -120,10 +161,15 @@ type sight struct {
 	seq   string // its diskseq; empty before Linux 5.15
 }
 
-// another says that a device told a serial that is not the disk's, twice.
+// another says that a device, or what it is made of, told a serial that is not the
+// disk's, twice.
 func another(was serving, serials []string) string {
-	if n := len(serials); n >= 2 && serials[n-1] != "" && serials[n-1] != was.DiskID && serials[n-1] == serials[n-2] {
-		return fmt.Sprintf("its device %s says twice that it is %s", was.Dev, serials[n-1])
+	n := len(serials)
+	if n < 2 || serials[n-1] == "" || serials[n-1] == was.String() || serials[n-1] != serials[n-2] {
+		return ""
 	}
-	return ""
+	if len(was.Disks) > 0 {
+		return fmt.Sprintf("the disks of its device %s say twice that they are %s", was.Dev, serials[n-1])
+	}
+	return fmt.Sprintf("its device %s says twice that it is %s", was.Dev, serials[n-1])
 }

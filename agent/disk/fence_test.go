@@ -1,6 +1,9 @@
 package disk
 
 import (
+	"errors"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 )
@@ -44,6 +47,51 @@ func TestAnother(t *testing.T) {
 			t.Errorf("%q: %q", c.told, got)
 		}
 	}
+	stripe := serving{DiskID: ours, Dev: "9:128", Disks: []serving{{DiskID: ours, Dev: "253:16"}, {DiskID: "disk-second00", Dev: "253:32"}}}
+	for told, is := range map[string]bool{ours + "+disk-second00": false, ours + "+" + theirs: true, "disk-second00+" + ours: true, ours: true, "": false} {
+		if got := another(stripe, []string{told, told}); (got != "") != is {
+			t.Errorf("%q: %q", told, got)
+		}
+	}
+}
+
+// TestLostUnderAnArray: the array is there as before, and what one of its disks was is
+// gone, or another's by now.
+func TestLostUnderAnArray(t *testing.T) {
+	d := New(Options{})
+	d.sys = t.TempDir()
+	was := serving{DiskID: "disk-first000", Dev: "9:128", Seq: "21", Disks: []serving{
+		{DiskID: "disk-first000", Dev: "253:16", Seq: "9"}, {DiskID: "disk-second00", Dev: "253:32", Seq: "10"},
+	}}
+	at := func(dev string) string { return filepath.Join(d.sys, "dev", "block", dev) }
+	plug := func(dev, seq string) {
+		t.Helper()
+		if err := errors.Join(os.MkdirAll(at(dev), 0o755), os.WriteFile(filepath.Join(at(dev), "diskseq"), []byte(seq+"\n"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	see := func(want string) {
+		t.Helper()
+		if got := d.lost(t.Context(), was); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+	plug("9:128", "21")
+	plug("253:16", "9")
+	plug("253:32", "10")
+	see("")
+	if err := os.RemoveAll(at("253:32")); err != nil {
+		t.Fatal(err)
+	}
+	see("of disk-second00 its block device 253:32 is not in /sys/dev/block any more")
+	plug("253:32", "12")
+	see("of disk-second00 its device number 253:32 is another device's now (diskseq 12, it was 10)")
+	plug("253:32", "10")
+	// Somebody has stopped the array, which is mounted no more: its disks are there.
+	if err := os.RemoveAll(at("9:128")); err != nil {
+		t.Fatal(err)
+	}
+	see("")
 }
 
 // TestSerialsThatWereNotTold do not stand between two that were.

@@ -1,171 +1,270 @@
 package disk
 
 import (
-	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"slices"
-	"time"
+	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/tkenode/tkenode/agent/node"
 )
 
-// mkfsDeadline is far above the seconds that it takes without discard: more means
-// that the disk hangs.
-const mkfsDeadline = 5 * time.Minute
-
-// permit says that a disk has been proven blank, or that an operator has decided
-// that what it holds is of no use, and that it may be formatted, once. Only
-// prove makes one, and only its method mkfs runs a program that writes.
+// permit says that every disk, or the one device made of them, that a file system is
+// to be made on has been proven blank, or that an operator has decided that what it
+// holds is of no use, and that it may be formatted, once. Only prove makes one, and
+// only its methods run programs that write: makeArray, makeCrypt and mkfs.
 type permit struct {
-	disk  *os.File // open, and so its name and number are no other disk's; locked
-	dev   device
-	uuid  string // in the ledger already
-	proof string // what it rests on
-	erase bool   // it is not blank, and an operator has decided that it may be
+	claims []*claim // open, and so their names and numbers are no other disk's; locked
+	dev    device   // that mkfs, or the next layer, goes on; its disks' first one names it
+	top    *os.File // the same, open
+	made   entry    // what is made, in the ledger already
+	opened []*os.File
 }
 
-// format makes the file system on dev if dev is blank, or an operator has decided.
-func (d *Disk) format(ctx context.Context, dev device, have observed) error {
-	p, err := d.prove(ctx, dev, have)
+func (p *permit) close() {
+	for _, c := range p.claims {
+		c.close()
+	}
+	for _, f := range p.opened {
+		f.Close()
+	}
+}
+
+// format makes what the NodeConfig wants on blank devices, or where an operator has
+// decided: the layers that are not up yet, and the file system.
+func (d *Disk) format(ctx context.Context, at place, have observed) error {
+	p, err := d.prove(ctx, at, have)
 	if err != nil {
 		return err
 	}
-	defer p.disk.Close()
-	if p.erase {
-		if err := p.wipe(); err != nil {
-			return fmt.Errorf("erase what %s holds: %w", dev, err)
+	defer p.close()
+	for _, c := range p.claims {
+		if c.order != nil {
+			if err := p.wipe(c); err != nil {
+				return fmt.Errorf("erase what %s holds: %w", c.dev, err)
+			}
 		}
 	}
 	done := d.account.begin("format")
+	for _, k := range at.left {
+		switch k {
+		case array:
+			err = d.makeArray(ctx, p)
+		case crypt:
+			err = d.makeCrypt(ctx, p)
+		}
+		if err != nil {
+			done()
+			return err
+		}
+	}
 	err = p.mkfs(ctx, d.want.FileSystem)
 	done()
 	if err != nil {
-		return fmt.Errorf("make %s on %s: %w", d.want.FileSystem, dev, err)
+		return fmt.Errorf("make %s on %s: %w", d.want.FileSystem, p.dev, err)
 	}
-	if err := d.same(dev); err != nil {
+	if err := d.same(p.dev); err != nil {
 		return err
 	}
-	exclusive, err := reopen(p.disk, unix.O_RDONLY)
+	exclusive, err := reopen(p.top, unix.O_RDONLY)
 	if err != nil {
-		return fmt.Errorf("read back %s: %w", dev, err)
+		return fmt.Errorf("read back %s: %w", p.dev, err)
 	}
-	c := glance(reader{ctx, exclusive}, dev.SizeBytes)
+	c := glance(reader{ctx, exclusive}, p.dev.SizeBytes)
 	if err := exclusive.Close(); err != nil {
-		return fmt.Errorf("read back %s: %w", dev, err)
+		return fmt.Errorf("read back %s: %w", p.dev, err)
 	}
-	if c.UUID != p.uuid || c.Label != label(dev.Serial) || !slices.Equal(c.Signatures, []string{string(d.want.FileSystem)}) {
-		return fmt.Errorf("read back %s: it holds %s, not the %s with uuid %s just made", dev, c, d.want.FileSystem, p.uuid)
+	if c.UUID != p.made.UUID || c.Label != label(p.dev.Serial) || !slices.Equal(c.Signatures, []string{string(d.want.FileSystem)}) {
+		return fmt.Errorf("read back %s: it holds %s, not the %s with uuid %s just made", p.dev, c, d.want.FileSystem, p.made.UUID)
 	}
-	return d.ledger.write(d.entry(p, stateFormatted))
+	p.made.State, p.made.SizeBytes, p.made.Boot = stateFormatted, p.dev.SizeBytes, ""
+	return d.ledger.write(p.made)
 }
 
-// prove returns a permit if dev is the right disk, used by nobody, and proven
-// blank. Where an operator has decided, it need only be readable at its ends.
-func (d *Disk) prove(ctx context.Context, dev device, have observed) (_ *permit, err error) {
-	past := have.Ledger[dev.Serial]
-	order := have.Decision
-	if order != nil && !order.is(actFormat, dev) {
-		order = nil
-	}
-	var c *claim
-	var proof string
-	if order != nil {
-		c, proof, err = d.ordered(ctx, dev, order)
-	} else {
-		c, proof, err = d.blank(ctx, dev, past)
-	}
+// prove returns a permit if the devices that at stands on are the right ones, used by
+// nobody, and proven blank. One of which an operator has decided need only be
+// readable at its ends.
+func (d *Disk) prove(ctx context.Context, at place, have observed) (_ *permit, err error) {
+	claims, proof, err := d.claims(ctx, at, have)
 	if err != nil {
 		return nil, err
 	}
+	p := &permit{claims: claims, dev: at.dev()}
 	defer func() {
 		if err != nil {
-			c.close()
+			p.close()
 		}
 	}()
-	if err := d.unchanged(c); err != nil {
-		return nil, err
-	}
-	d.log.Info("may be formatted", "disk", dev.String(), "proof", proof)
-	uuid := past.UUID
-	if uuid == "" || order != nil {
-		uuid = newUUID(have.Cluster)
-	}
-	p := &permit{disk: c.disk, dev: dev, uuid: uuid, proof: proof, erase: order != nil}
-	if order != nil {
-		if err := d.ledger.use(order); err != nil {
+	for _, c := range claims {
+		if err := d.unchanged(c); err != nil {
 			return nil, err
 		}
 	}
-	if err := d.ledger.write(d.entry(p, stateFormatting)); err != nil {
+	d.log.Info("may be formatted", "disk", names(at.devs), "proof", proof)
+	p.made = at.entry(d.want, have)
+	p.made.State, p.made.FileSystem, p.made.Proof, p.made.Boot = stateFormatting, d.want.FileSystem, proof, d.boot
+	d.name(&p.made, at, have, slices.ContainsFunc(claims, func(c *claim) bool { return c.order != nil }))
+	for _, c := range claims {
+		if c.order != nil {
+			if err := d.ledger.use(c.order); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if slices.Contains(at.left, crypt) {
+		if _, err := d.key(at.disks[0].Serial, true); err != nil {
+			return nil, err
+		}
+	}
+	if err := d.ledger.write(p.made); err != nil {
 		return nil, err
 	}
-	return p, c.exclusive.Close()
+	for _, c := range claims {
+		if err := c.exclusive.Close(); err != nil {
+			return nil, err
+		}
+		c.exclusive = nil
+	}
+	if len(claims) == 1 {
+		p.top = claims[0].disk
+	}
+	return p, nil
 }
 
-func (d *Disk) entry(p *permit, state string) entry {
-	e := entry{
-		DiskID: p.dev.Serial, MountPoint: d.want.MountPoint, FileSystem: d.want.FileSystem,
-		UUID: p.uuid, State: state, SizeBytes: p.dev.SizeBytes, Proof: p.proof,
+// name chooses the UUIDs of what is to be made. Those of an attempt that was cut off
+// are taken again, unless what it left is erased.
+func (d *Disk) name(e *entry, at place, have observed, erase bool) {
+	past := have.Ledger[e.DiskID]
+	if past.State != stateFormatting || erase {
+		past = entry{}
 	}
-	if state == stateFormatting {
-		e.Boot = d.boot
+	for _, k := range at.left {
+		switch k {
+		case array:
+			e.Array = past.Array
+			if e.Array == nil {
+				e.Array = &madeArray{UUID: newUUID(have.Cluster), Members: d.want.DiskIDs, ChunkBytes: chunkBytes}
+			}
+		case crypt:
+			e.Crypt = cmp.Or(past.Crypt, newUUID(have.Cluster))
+		}
 	}
-	return e
+	e.UUID = cmp.Or(past.UUID, newUUID(have.Cluster))
 }
 
-// mkfs formats the disk. It is never cut off when ctx ends, since half a file
-// system can be neither used nor told from data; it ends by its own deadline.
+// makeArray makes an array of the proven disks, and goes on with it.
+func (d *Disk) makeArray(ctx context.Context, p *permit) error {
+	var disks []device
+	arrays.Lock()
+	defer arrays.Unlock()
+	name, err := d.newArray(ctx)
+	if err != nil {
+		return fmt.Errorf("make an array device: %w", err)
+	}
+	// Nothing is asked, and no configuration read, by which mdadm would do otherwise.
+	in := invocation{args: []string{"mdadm", "--create", "/dev/" + name, "--run", "--config=none", "--homehost=any", "--metadata=1.2",
+		"--level=0", "--raid-devices=" + strconv.Itoa(len(p.claims)), "--uuid=" + mdUUID(p.made.Array.UUID), "--name=" + arrayName(p.made.Array.Members),
+		"--chunk=" + strconv.FormatInt(p.made.Array.ChunkBytes>>10, 10), "--data-offset=" + strconv.Itoa(dataAt>>10)}}
+	for i, c := range p.claims {
+		in.args = append(in.args, "/proc/self/fd/"+strconv.Itoa(3+i))
+		in.files = append(in.files, c.disk)
+		disks = append(disks, c.dev)
+	}
+	if _, err := program(ctx, in); err != nil {
+		return fmt.Errorf("make an array of %s: %w", names(disks), err)
+	}
+	dev, err := d.arrayIs(name, disks, p.made.Array.ChunkBytes)
+	if err != nil {
+		return err
+	}
+	return p.onto(ctx, d, dev)
+}
+
+// makeCrypt makes a LUKS2 header on the device, opens it, and goes on with the
+// mapping. The key is random, so that no work need be put into guessing it being
+// slow: argon2 would take a gigabyte of memory, at every boot, for nothing.
+func (d *Disk) makeCrypt(ctx context.Context, p *permit) error {
+	key, err := d.key(p.dev.Serial, false)
+	if err != nil {
+		return err
+	}
+	_, err = program(ctx, invocation{args: []string{"cryptsetup", "luksFormat", "--batch-mode", "--type", "luks2", "--cipher", "aes-xts-plain64",
+		"--key-size", "512", "--hash", "sha256", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--sector-size", "4096",
+		"--luks2-metadata-size", "16k", "--luks2-keyslots-size", strconv.Itoa(headerBytes>>10-32) + "k",
+		"--uuid", p.made.Crypt, "--label", label(p.dev.Serial), "--key-file", "-", "/proc/self/fd/3"}, stdin: key, files: []*os.File{p.top}})
+	if err != nil {
+		return fmt.Errorf("encrypt %s: %w", p.dev, err)
+	}
+	dev, err := d.openCrypt(ctx, p.top, p.dev, key)
+	if err != nil {
+		return err
+	}
+	return p.onto(ctx, d, dev)
+}
+
+// onto goes on with a device that was just made. It is locked as the disks are: a
+// program that outlives the agent keeps the lock.
+func (p *permit) onto(ctx context.Context, d *Disk, dev device) error {
+	f, err := d.open(dev, unix.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	p.dev, p.top, p.opened = dev, f, append(p.opened, f)
+	if err := lock(ctx, f); err != nil {
+		return fmt.Errorf("lock %s: %w", dev, err)
+	}
+	return nil
+}
+
+// mdUUID writes a UUID as mdadm reads it.
+func mdUUID(uuid string) string {
+	u := strings.ReplaceAll(uuid, "-", "")
+	return u[:8] + ":" + u[8:16] + ":" + u[16:24] + ":" + u[24:]
+}
+
+// mkfs formats the device.
 func (p *permit) mkfs(ctx context.Context, fs node.FileSystem) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), mkfsDeadline)
-	defer cancel()
 	// Nothing is discarded: on a new disk it takes long and gains nothing. The
 	// program claims the disk exclusively by itself, and refuses if it cannot.
 	const device = "/proc/self/fd/3"
 	var args []string
 	switch fs {
 	case node.Ext4:
-		args = []string{"mkfs.ext4", "-q", "-m", "0", "-U", p.uuid, "-L", label(p.dev.Serial),
+		args = []string{"mkfs.ext4", "-q", "-m", "0", "-U", p.made.UUID, "-L", label(p.dev.Serial),
 			"-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", device}
 	case node.XFS:
-		args = []string{"mkfs.xfs", "-q", "-K", "-m", "uuid=" + p.uuid, "-L", label(p.dev.Serial), device}
+		args = []string{"mkfs.xfs", "-q", "-K", "-m", "uuid=" + p.made.UUID, "-L", label(p.dev.Serial), device}
 	default:
 		return fmt.Errorf("unknown file system %q", fs)
 	}
-	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	cmd.ExtraFiles = []*os.File{p.disk} // descriptor 3
-	cmd.WaitDelay = 10 * time.Second
-	out, err := cmd.CombinedOutput()
-	if err == nil {
-		err = p.disk.Sync()
+	if _, err := program(ctx, invocation{args: args, files: []*os.File{p.top}}); err != nil {
+		return err
 	}
-	if err != nil {
-		return fmt.Errorf("%s: %w: %s", args[0], err, bytes.TrimSpace(out[:min(len(out), 1000)]))
-	}
-	return nil
+	return p.top.Sync()
 }
 
-// wipe writes zeros to every place at which a format is recognised, so that what
-// the disk held is not found beside the new file system.
-func (p *permit) wipe() error {
-	f, err := reopen(p.disk, unix.O_WRONLY)
+// wipe writes zeros to every place of a disk at which a format is recognised, so that
+// what it held is not found beside what is made.
+func (p *permit) wipe(c *claim) error {
+	f, err := reopen(c.disk, unix.O_WRONLY)
 	if err != nil {
 		return err
 	}
 	zero := aligned(piece)
-	for _, w := range append([]span{{0, min(front, p.dev.SizeBytes)}}, windows(p.dev.SizeBytes)...) {
+	for _, w := range append([]span{{0, min(front, c.dev.SizeBytes)}}, windows(c.dev.SizeBytes)...) {
 		for at := w.from; at < w.to && err == nil; at += piece {
 			_, err = f.WriteAt(zero[:min(piece, w.to-at)], at)
 		}
 	}
 	err = errors.Join(err, f.Sync())
-	if err == nil && len(p.dev.Partitions) > 0 {
+	if err == nil && len(c.dev.Partitions) > 0 {
 		err = unix.IoctlSetInt(int(f.Fd()), unix.BLKRRPART, 0)
 	}
 	return errors.Join(err, f.Close())

@@ -45,15 +45,44 @@ type growing struct {
 }
 
 func (g *growing) String() string {
-	return fmt.Sprintf("%s on %s grows from %s to %s", g.m.FSType, g.dev.Serial, Size(g.from), Size(g.dev.SizeBytes))
+	return fmt.Sprintf("%s on %s grows from %s to %s", g.m.FSType, g.dev.Serial, Size(g.from), Size(g.dev.room()))
+}
+
+// room returns how large a device can be: the mapping of an encrypted disk follows the
+// disk once it is told to. An array does not follow its disks.
+func (d device) room() int64 {
+	if len(d.under) != 1 {
+		return d.SizeBytes
+	}
+	return max(d.SizeBytes, (d.under[0].SizeBytes-headerBytes)/blockSize*blockSize)
+}
+
+// spare warns of disks that are larger than what their stripe uses of them. mdadm could
+// grow it by rewriting every superblock, and may not be cut off meanwhile.
+func spare(dev device, mountPoint string) *Warning {
+	for len(dev.under) == 1 {
+		dev = dev.under[0]
+	}
+	var larger []device
+	for _, d := range dev.under {
+		if d.SizeBytes-dataAt-dev.SizeBytes/int64(len(dev.under)) >= blockGroup {
+			larger = append(larger, d)
+		}
+	}
+	if len(larger) == 0 {
+		return nil
+	}
+	return &Warning{Reason: ReasonGrowRefused, Message: fmt.Sprintf("the stripe on %s uses %s of each of its disks, and leaves the rest of %s unused: a stripe does not grow; to use it, make a stripe of new disks and move the data",
+		mountPoint, Size(dev.SizeBytes/int64(len(dev.under))), names(larger))}
 }
 
 // grown returns what has to be done for the mounted file system to fill its device.
 func grown(dev device, m mount, have observed) []step {
-	if have.FSBytes == 0 || have.Growing != "" || have.NotGrown == dev.SizeBytes {
+	to := dev.room()
+	if have.FSBytes == 0 || have.Growing != "" || have.NotGrown == to {
 		return nil
 	}
-	if dev.SizeBytes-have.FSBytes < blockGroup {
+	if to-have.FSBytes < blockGroup {
 		// A growth that was killed may have ended with the copies of xfs' superblock as
 		// they were, and xfs_repair believes the majority of them.
 		if past, ok := have.Ledger[dev.Serial]; !ok || past.SizeBytes >= have.FSBytes || m.FSType != string(node.XFS) {
@@ -61,13 +90,14 @@ func grown(dev device, m mount, have observed) []step {
 		}
 		return []step{{verb: grow, text: fmt.Sprintf("write the copies of the superblock of %s on %s anew, which has been grown to %s", m.FSType, dev.Serial, Size(have.FSBytes))}}
 	}
-	return []step{{verb: grow, text: fmt.Sprintf("grow %s on %s from %s to %s", m.FSType, dev.Serial, Size(have.FSBytes), Size(dev.SizeBytes))}}
+	return []step{{verb: grow, text: fmt.Sprintf("grow %s on %s from %s to %s", m.FSType, dev.Serial, Size(have.FSBytes), Size(to))}}
 }
 
 // size takes the size of the mounted file system into have. That it cannot be told
 // is no reason not to serve. The caller holds mu.
-func (d *Disk) size(dev device, m mount, have *observed) {
-	if mounted(dev, m) != nil || m.FSType != string(node.Ext4) && m.FSType != string(node.XFS) {
+func (d *Disk) size(at place, m mount, have *observed) {
+	dev := at.dev()
+	if at.mounted(m) != nil || m.FSType != string(node.Ext4) && m.FSType != string(node.XFS) {
 		return
 	}
 	if err := d.settle(); err != nil {
@@ -78,8 +108,9 @@ func (d *Disk) size(dev device, m mount, have *observed) {
 		return
 	}
 	have.NotGrown = d.growth.refused
-	if d.growth.full.is(dev) {
+	if d.growth.full.is(dev) && d.growth.full.room() == dev.room() {
 		have.FSBytes = d.growth.size
+		d.account.warn(spare(dev, m.Target), d.log)
 		return
 	}
 	size, err := d.fileSystemSize(dev, m)
@@ -87,9 +118,9 @@ func (d *Disk) size(dev device, m mount, have *observed) {
 		d.account.warn(&Warning{Reason: ReasonSizeUnknown, Message: fmt.Sprintf("whether %s fills its disk cannot be told: %v", m.Target, err)}, d.log)
 		return
 	}
-	if have.FSBytes = size; dev.SizeBytes-size < blockGroup {
+	if have.FSBytes = size; dev.room()-size < blockGroup {
 		d.growth = growth{full: dev, size: size}
-		d.account.warn(nil, d.log)
+		d.account.warn(spare(dev, m.Target), d.log)
 	}
 }
 
@@ -139,14 +170,14 @@ func (d *Disk) settle() error {
 	d.growth.run = nil
 	switch {
 	case node.ClassOf(g.err) == node.ClassTerminal:
-		d.growth.refused = g.dev.SizeBytes
+		d.growth.refused = g.dev.room()
 		d.account.warn(&Warning{Reason: ReasonGrowRefused, Message: g.err.Error()}, d.log)
 		return nil
 	case g.err != nil:
 		return g.err
 	}
 	d.account.warn(nil, d.log)
-	return d.ledger.resize(g.dev.Serial, g.dev.SizeBytes)
+	return d.ledger.resize(g.dev.Serial, g.dev.room())
 }
 
 // abandon ends a growth with the agent: what is left of it is planned again. The

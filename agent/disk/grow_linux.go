@@ -145,8 +145,14 @@ func (d *Disk) growNow(ctx context.Context, g *growing, pin *os.File) error {
 		return err
 	}
 	defer target.Close()
-	if g.dev.SizeBytes-g.from < blockGroup {
+	if g.dev.room()-g.from < blockGroup {
 		return writeCopies(target)
+	}
+	dev := g.dev
+	if dev.room() > dev.SizeBytes {
+		if dev, err = d.widen(ctx, dev); err != nil {
+			return g.terminal("look at `dmesg`, and see that the key is as it was; it is tried again when tkenode-agent is restarted", err)
+		}
 	}
 	args := []string{"resize2fs", "/proc/self/fd/3"}
 	if g.m.FSType == string(node.XFS) {
@@ -164,11 +170,11 @@ func (d *Disk) growNow(ctx context.Context, g *growing, pin *os.File) error {
 	if err := cmd.Run(); err != nil {
 		return refusal(g, args[0], errs.String(), err)
 	}
-	if err := d.same(g.dev); err != nil {
+	if err := d.same(dev); err != nil {
 		return err
 	}
-	size, err := d.fileSystemSize(g.dev, g.m)
-	if err == nil && g.dev.SizeBytes-size >= blockGroup {
+	size, err := d.fileSystemSize(dev, g.m)
+	if err == nil && dev.SizeBytes-size >= blockGroup {
 		err = g.terminal("look at `dmesg`", fmt.Errorf("%s says that all is well, and it has %s", args[0], Size(size)))
 	}
 	return err

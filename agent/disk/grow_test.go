@@ -74,3 +74,38 @@ func TestRefusal(t *testing.T) {
 		}
 	}
 }
+
+// TestSpare: a stripe does not grow, and says of which of its disks something is unused.
+func TestSpare(t *testing.T) {
+	disk := func(id string, gib int64) device { return device{Name: "vd" + id, Serial: id, SizeBytes: gib << 30} }
+	stripe := func(disks ...device) device {
+		return device{Name: "md128", Serial: disks[0].Serial, SizeBytes: int64(len(disks)) * (20<<30 - dataAt), under: disks}
+	}
+	over := func(dev device) device {
+		return device{Name: "dm-0", Serial: dev.Serial, SizeBytes: dev.SizeBytes - headerBytes, under: []device{dev}}
+	}
+	for name, c := range map[string]struct {
+		dev    device
+		unused string // of what; empty: nothing
+		room   int64
+	}{
+		"a disk":                        {disk("b", 40), "", 40 << 30},
+		"an encrypted disk":             {over(disk("b", 20)), "", 20<<30 - headerBytes},
+		"a stripe":                      {stripe(disk("b", 20), disk("c", 20)), "", 40<<30 - 2*dataAt},
+		"one disk is larger":            {stripe(disk("b", 20), disk("c", 30)), "c (/dev/vdc, 30 GiB)", 40<<30 - 2*dataAt},
+		"all are larger, and encrypted": {over(stripe(disk("b", 40), disk("c", 40))), "b (/dev/vdb, 40 GiB), c (/dev/vdc, 40 GiB)", 40<<30 - 2*dataAt - headerBytes},
+	} {
+		w := spare(c.dev, "/data")
+		if (w != nil) != (c.unused != "") || w != nil && !strings.Contains(w.Message, "the rest of "+c.unused+" unused: a stripe does not grow") {
+			t.Errorf("%s: %+v", name, w)
+		}
+		if got := c.dev.room(); got != c.room {
+			t.Errorf("%s: room for %d, want %d", name, got, c.room)
+		}
+	}
+	grown := over(disk("b", 20))
+	grown.under[0].SizeBytes = 30 << 30
+	if got := grown.room(); got != 30<<30-headerBytes {
+		t.Errorf("of an encrypted disk that has grown: room for %d", got)
+	}
+}

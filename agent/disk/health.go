@@ -40,8 +40,9 @@ func (h Health) of(t node.ConditionType) node.Condition {
 
 // vitals is what a look at a disk that is or was mounted shows.
 type vitals struct {
-	Disk       string       `json:"disk"`   // its id
-	Device     string       `json:"device"` // vdb; empty: it is not there
+	Disk       string       `json:"disk"`            // its id; of several, joined by "+"
+	Device     string       `json:"device"`          // vdb; empty: it is not there
+	Disks      []string     `json:"disks,omitempty"` // that Device is made of; of a disk, itself: vdb
 	MountPoint string       `json:"mountPoint"`
 	Mounted    bool         `json:"mounted,omitempty"`
 	FSType     string       `json:"fsType,omitempty"`
@@ -94,7 +95,7 @@ type stall struct {
 
 // probeResult is what the helper found. See helper_linux.go.
 type probeResult struct {
-	Serial string `json:"serial"` // empty: it was not told
+	Serial string `json:"serial"` // as vitals.Disk; empty: it was not told
 	// Errors are of what failed: "read of one block: input/output error".
 	Errors []string `json:"errors,omitempty"`
 	// Hangs says which step has not returned since Late; empty: all have.

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 
 	systemd "github.com/coreos/go-systemd/v22/unit"
@@ -32,7 +33,9 @@ type errand struct {
 	Target string `json:"target"` // the mount point
 	Dev    string `json:"dev"`    // that has to be mounted there: 253:16
 	Name   string `json:"name"`   // of the device: vdb
-	Sys    string `json:"sys"`    // where sysfs is mounted
+	// Disks are the names of those that the device is made of; of a disk, its own.
+	Disks []string `json:"disks,omitempty"`
+	Sys   string   `json:"sys"` // where sysfs is mounted
 	// Doubtful says that the file system has noted errors: it is tried whether it still
 	// takes writes.
 	Doubtful bool `json:"doubtful,omitempty"`
@@ -92,7 +95,18 @@ func Help(in io.Reader, out io.Writer) error {
 	return fmt.Errorf("unknown errand %q", e.Act)
 }
 
-func (e errand) serial() (string, error) { return readSerial(filepath.Join(e.Sys, "block", e.Name)) }
+// serial asks every disk who it is. One that does not tell leaves all untold.
+func (e errand) serial() (string, error) {
+	var all []string
+	for _, name := range e.Disks {
+		serial, err := readSerial(filepath.Join(e.Sys, "block", name))
+		if err != nil || serial == "" {
+			return "", err
+		}
+		all = append(all, serial)
+	}
+	return strings.Join(all, "+"), nil
+}
 
 // stat looks at the mounted file system: one that has shut itself down, as xfs does,
 // answers with an error.

@@ -102,6 +102,10 @@ func glance(r io.ReaderAt, size int64) content {
 	var c content
 	c.Signatures, c.UUID, c.Label = identify(head, tail)
 	if len(c.Signatures) > 0 {
+		c.Member, c.Header = member(head), luks2(head)
+		if c.Header != nil {
+			c.Header.Alone = nonZero(tail) < 0 && scan(r, []span{{headerBytes, min(headerBytes+front, size)}}).Blank
+		}
 		return c
 	}
 	if i := nonZero(head); i >= 0 {

@@ -52,39 +52,83 @@ func (d *Disk) observe(ctx context.Context, content bool) (observed, error) {
 	if have.Swaps, err = swaps(); err != nil {
 		return have, err
 	}
+	if d.want.Layered() {
+		if have.Layers, err = readLayers(d.sys); err != nil {
+			return have, err
+		}
+	}
 	have.Binding, have.fresh, have.boundErr = d.bound(ctx, have)
-	dev, err := bind(d.want, have)
+	at, err := raise(d.want, have)
 	if d.want.Attach && node.ReasonOf(err, "") == absent {
-		if have.Attach, err = d.attachable(ctx); err != nil {
+		if have.Attach, err = d.attachable(ctx, have.missing(d.want)); err != nil {
 			return have, err
 		}
 		return have, nil
 	}
 	if m, _ := have.at(d.want.MountPoint); err == nil && mounted && have.Lost == "" {
-		d.size(dev, m, &have)
+		d.size(at, m, &have)
 	}
-	if err != nil || mounted || have.ledgerErr != nil || unused(dev, have) != nil {
+	if err != nil || mounted || have.ledgerErr != nil || at.unused(have) != nil {
 		d.drop()         // whatever is read, it is not to be formatted
 		return have, nil // decide says why again
 	}
-	if d.proof != nil && !d.proof.dev.is(dev) {
+	return have, d.contents(ctx, at, content, &have)
+}
+
+// contents reads what the devices hold that a stack stands on.
+func (d *Disk) contents(ctx context.Context, at place, look bool, have *observed) (err error) {
+	if d.want.Encryption != nil {
+		have.Key = d.keyState(at.disks[0].Serial)
+	}
+	if len(d.parts) > 0 {
+		have.Members, have.Decisions = map[string]content{}, map[string]*decision{}
+		for _, dev := range at.disks {
+			part := d.parts[dev.Serial]
+			part.sys, part.patience = d.sys, d.patience
+			if at.next() == array {
+				have.Decisions[dev.Serial] = d.ledger.decision(dev.Serial)
+			} else {
+				part.drop()
+			}
+			if have.Members[dev.Serial], err = part.content(ctx, dev, look); err != nil {
+				return err
+			}
+		}
+	}
+	if at.next() == array || at.stale != nil {
+		return nil
+	}
+	have.Decision = d.ledger.decision(at.dev().Serial)
+	if n := len(at.up); n > 0 && at.up[n-1].Kind == crypt && have.Ledger[at.dev().Serial].State == stateFormatting && look {
+		if have.Beneath, err = d.look(ctx, at.dev().under[0]); err != nil {
+			return err
+		}
+	}
+	have.Content, err = d.content(ctx, at.dev(), look)
+	return err
+}
+
+// content returns what a device holds, as far as is known while it is being proven
+// blank.
+func (d *Disk) content(ctx context.Context, dev device, look bool) (content, error) {
+	if d.proof != nil && !d.proof.dev.is(dev) || d.held != nil && !d.held.claim.dev.is(dev) {
 		d.drop()
 	}
-	have.Decision = d.ledger.decision(dev.Serial)
-	if !content {
-		return have, nil
-	}
-	if p := d.proof; p != nil && !p.ended() {
-		have.Content.Proving, have.Content.Hung = p.progress(time.Now())
-		return have, nil
-	} else if p != nil && p.found.Blank {
-		have.Content.Blank = true
-		return have, nil
-	} else if p != nil {
+	p := d.proof
+	switch {
+	case !look:
+		return content{}, nil
+	case d.held != nil:
+		return content{Blank: true}, nil
+	case p != nil && !p.ended():
+		text, hung := p.progress(time.Now())
+		return content{Proving: text, Hung: hung}, nil
+	case p != nil && p.found.Blank:
+		return content{Blank: true}, nil
+	case p != nil:
 		d.conclude(ctx) // which notes what was found, and where to look for it again
 	}
-	have.Content, err = d.look(ctx, dev)
-	return have, err
+	return d.look(ctx, dev)
 }
 
 // bootID returns the kernel's name for this boot, see random(4).
@@ -178,6 +222,9 @@ func (d *Disk) open(dev device, flags int) (*os.File, error) {
 
 // same asks the device itself once more who it is.
 func (d *Disk) same(dev device) error {
+	if len(dev.under) > 0 {
+		return d.sameLayer(dev)
+	}
 	now, err := readDevice(d.sys, dev.Name, nil)
 	if err != nil {
 		return err
@@ -228,9 +275,9 @@ func (d *Disk) mount(dev device, fs string) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("verify mount of %s on %s: %w", dev, target, err), unix.Unmount(target, 0))
 	}
-	d.tended.mounted(dev.Serial)
+	d.tended.mounted(dev.ids())
 	defer d.poke()
-	return d.setNote(serving{DiskID: dev.Serial, Dev: dev.Dev, Seq: dev.Seq})
+	return d.setNote(noteOf(dev))
 }
 
 // unmountable says what to do about a file system that the kernel does not mount. Only
@@ -265,8 +312,12 @@ func makeImmutable(dir string) error {
 // asks once more.
 func (d *Disk) devices(mounted bool, was *serving) ([]device, error) {
 	ask := func(dir, dev, seq string) (string, error) {
-		if mounted && was != nil && was.Gone.IsZero() && dev == was.Dev && seq == was.Seq {
-			return was.DiskID, nil
+		if mounted && was != nil && was.Gone.IsZero() {
+			for _, s := range was.disks() {
+				if dev == s.Dev && seq == s.Seq {
+					return s.DiskID, nil
+				}
+			}
 		}
 		told, ok := "", false
 		if seq != "" {
@@ -309,12 +360,9 @@ func devices(sys string, ask func(dir, dev, seq string) (string, error)) ([]devi
 func readDevice(sys, name string, ask func(dir, dev, seq string) (string, error)) (device, error) {
 	dir := filepath.Join(sys, "block", name)
 	d := device{Name: name}
-	var err error
-	if d.Dev, err = attribute(dir, "dev"); err != nil {
-		return d, fmt.Errorf("read device %s: %w", name, err)
-	}
-	if d.Seq, err = attribute(dir, "diskseq"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return d, fmt.Errorf("read device %s: %w", name, err)
+	err := d.readAttributes(dir)
+	if err != nil {
+		return d, err
 	}
 	if ask != nil {
 		d.Serial, err = ask(dir, d.Dev, d.Seq)
@@ -324,20 +372,31 @@ func readDevice(sys, name string, ask func(dir, dev, seq string) (string, error)
 	if err != nil {
 		return d, fmt.Errorf("read serial of %s: %w", name, err)
 	}
+	return d, d.readUsers(dir)
+}
+
+// readAttributes reads what every block device has.
+func (d *device) readAttributes(dir string) (err error) {
+	if d.Dev, err = attribute(dir, "dev"); err != nil {
+		return fmt.Errorf("read device %s: %w", d.Name, err)
+	}
+	if d.Seq, err = attribute(dir, "diskseq"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("read device %s: %w", d.Name, err)
+	}
 	sectors, err := attribute(dir, "size")
 	if err == nil {
 		d.SizeBytes, err = strconv.ParseInt(sectors, 10, 54)
 		d.SizeBytes *= 512 // of whatever size the device's own sectors are
 	}
 	if err != nil {
-		return d, fmt.Errorf("read size of %s: %w", name, err)
+		return fmt.Errorf("read size of %s: %w", d.Name, err)
 	}
 	ro, err := attribute(dir, "ro")
 	if err != nil {
-		return d, fmt.Errorf("read device %s: %w", name, err)
+		return fmt.Errorf("read device %s: %w", d.Name, err)
 	}
 	d.ReadOnly = ro != "0"
-	return d, d.readUsers(dir)
+	return nil
 }
 
 // readUsers reads which partitions the device has and what is stacked on it.

@@ -177,6 +177,29 @@ func TestKernelFormatAndMount(t *testing.T) {
 	}
 }
 
+// TestKernelProofIsKept: a file system that was made, and not journalled as made, is
+// adopted with what it rested on that the disk was blank.
+func TestKernelProofIsKept(t *testing.T) {
+	b := newBench(t, node.Ext4, nil)
+	b.converge(t)
+	all, err := b.ledger.read()
+	if err != nil || all[serial].Proof == "" {
+		t.Fatalf("ledger %+v, %v", all, err)
+	}
+	e := all[serial]
+	proof := e.Proof
+	e.State, e.Boot = stateFormatting, b.boot
+	if err := errors.Join(unix.Unmount(b.want.MountPoint, 0), b.ledger.write(e)); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.converge(t); !strings.HasPrefix(got, "adopt ") {
+		t.Errorf("plan:\n%s", got)
+	}
+	if all, err = b.ledger.read(); err != nil || all[serial].Proof != proof || all[serial].State != stateFormatted {
+		t.Errorf("ledger %+v, %v", all[serial], err)
+	}
+}
+
 // TestKernelForeignIsLeftAlone compares every byte of the disk.
 func TestKernelForeignIsLeftAlone(t *testing.T) {
 	for name, prepare := range map[string]func(file string){
@@ -201,7 +224,11 @@ func TestKernelForeignIsLeftAlone(t *testing.T) {
 			if oerr != nil {
 				t.Fatal(oerr)
 			}
-			if p, err := b.prove(t.Context(), have.Devices[0], have); err == nil || p != nil {
+			at, oerr := raise(b.want, have)
+			if oerr != nil {
+				t.Fatal(oerr)
+			}
+			if p, err := b.prove(t.Context(), at, have); err == nil || p != nil {
 				t.Error("a permit was given")
 			}
 			if b.hash(t) != before {

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -33,6 +34,10 @@ type entry struct {
 	SizeBytes  int64           `json:"sizeBytes"`
 	Proof      string          `json:"proof,omitempty"` // what it rested on that the disk was blank; empty: it was not ours to format
 	At         time.Time       `json:"at"`
+	// Array and Crypt are what stands between the disk and the file system: the array
+	// that the disk is the first member of, and the UUID of the LUKS2 header.
+	Array *madeArray `json:"array,omitempty"`
+	Crypt string     `json:"crypt,omitempty"`
 	// Boot is that in which formatting began, and only told until it has ended.
 	Boot string `json:"boot,omitempty"`
 }
@@ -44,6 +49,9 @@ func (e entry) valid(id string) error {
 	case e.State != stateFormatting && e.State != stateFormatted:
 		return fmt.Errorf("unknown state %q", e.State)
 	case len(e.UUID) != 36, e.MountPoint == "", e.FileSystem == "":
+		return errors.New("it is incomplete")
+	case e.Array != nil && (len(e.Array.UUID) != 36 || len(e.Array.Members) < 2 || e.Array.Members[0] != id || e.Array.ChunkBytes <= 0),
+		e.Crypt != "" && len(e.Crypt) != 36:
 		return errors.New("it is incomplete")
 	}
 	return nil
@@ -60,6 +68,7 @@ func (l ledger) read() (map[string]entry, error) {
 		return nil, fmt.Errorf("read disk ledger: %w", err)
 	}
 	entries := map[string]entry{}
+	var all []entry
 	var damage error
 	for _, f := range files {
 		id, ok := strings.CutSuffix(f.Name(), ".json")
@@ -78,7 +87,18 @@ func (l ledger) read() (map[string]entry, error) {
 				fmt.Errorf("read disk ledger %s: %w", path, err))
 			continue
 		}
-		entries[id] = e
+		all = append(all, e)
+	}
+	// An entry is that of every disk of a stripe. Of two for a disk the later one is
+	// so: an operator had the disk taken from what it was.
+	slices.SortStableFunc(all, func(a, b entry) int { return a.At.Compare(b.At) })
+	for _, e := range all {
+		entries[e.DiskID] = e
+		if e.Array != nil {
+			for _, id := range e.Array.Members {
+				entries[id] = e
+			}
+		}
 	}
 	return entries, damage
 }
@@ -122,6 +142,11 @@ func (l ledger) store(name string, v any) error {
 	if err != nil {
 		return fmt.Errorf("encode disk ledger: %w", err)
 	}
+	return l.put(name, append(b, '\n'))
+}
+
+// put writes a file, and returns once it is on stable storage.
+func (l ledger) put(name string, b []byte) error {
 	if err := os.MkdirAll(string(l), 0o700); err != nil {
 		return fmt.Errorf("write disk ledger: %w", err)
 	}
@@ -133,7 +158,7 @@ func (l ledger) store(name string, v any) error {
 	if err != nil {
 		return fmt.Errorf("write disk ledger: %w", err)
 	}
-	_, err = f.Write(append(b, '\n'))
+	_, err = f.Write(b)
 	err = errors.Join(err, f.Sync(), f.Close())
 	if err == nil {
 		err = os.Rename(path+".new", path)

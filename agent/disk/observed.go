@@ -13,11 +13,20 @@ type observed struct {
 	Swaps   []string         `json:"swaps,omitempty"`  // names of devices: vdb, vdb1
 	Ledger  map[string]entry `json:"ledger,omitempty"` // by disk id
 	Content content          `json:"content,omitzero"` // of the wanted disk, unless it is mounted
-	Listed  []string         `json:"listed,omitempty"` // ids of the data disks that the metadata service knows
+	// Layers are the devices that are made of others; Members is what the disks of a
+	// stripe hold, by id; Key is how the key of an encrypted disk stands.
+	Layers  []layer            `json:"layers,omitempty"`
+	Members map[string]content `json:"members,omitempty"`
+	// Beneath is what the device under an open mapping holds, if making it was cut off.
+	Beneath content  `json:"beneath,omitzero"`
+	Key     keyState `json:"key,omitzero"`
+	Listed  []string `json:"listed,omitempty"` // ids of the data disks that the metadata service knows
 	// Decision is what an operator has decided for the wanted disk, and not yet done.
 	Decision *decision `json:"decision,omitempty"`
-	Cluster  string    `json:"cluster,omitempty"` // of the node
-	Boot     string    `json:"boot,omitempty"`
+	// Decisions are those for the disks of a stripe, by id.
+	Decisions map[string]*decision `json:"decisions,omitempty"`
+	Cluster   string               `json:"cluster,omitempty"` // of the node
+	Boot      string               `json:"boot,omitempty"`
 	// Binding is what the selector means; nil: there is none, or it has not been found.
 	Binding *binding `json:"binding,omitempty"`
 	// Attach is there if the disk is not, and is to be attached.
@@ -45,17 +54,18 @@ type observed struct {
 	Unit *mountUnit `json:"unit,omitempty"`
 }
 
-// device is a whole block device with a serial attribute.
+// device is a whole block device: a disk, or what the kernel has made of disks.
 type device struct {
 	Name       string `json:"name"`   // vdb: where it is now, never what it is
 	Dev        string `json:"dev"`    // 253:16
-	Serial     string `json:"serial"` // read live; empty means unknown, not none
+	Serial     string `json:"serial"` // read live; empty means unknown, not none; of what is made of disks, the first one's
 	SizeBytes  int64  `json:"sizeBytes"`
 	Seq        string `json:"-"` // diskseq: no two devices of a boot share it; empty before Linux 5.15
 	ReadOnly   bool   `json:"readOnly,omitempty"`
 	Partitions []part `json:"partitions,omitempty"`
 	// Holders are the devices stacked on it or on one of its partitions: dm-0, md0.
 	Holders []string `json:"holders,omitempty"`
+	under   []device // what it is made of; none: it is a disk
 }
 
 type part struct {
@@ -92,8 +102,12 @@ type content struct {
 	Signatures []string `json:"signatures,omitempty"`
 	UUID       string   `json:"uuid,omitempty"`
 	Label      string   `json:"label,omitempty"`
-	Evidence   string   `json:"evidence,omitempty"` // first bytes found, and where
-	at         int64    // of what was found beyond a glance
+	// Member and Header are there if the superblock of an md array, or a LUKS2 header,
+	// is undamaged. What the data behind them looks like says nothing.
+	Member   *superblock `json:"member,omitempty"`
+	Header   *header     `json:"header,omitempty"`
+	Evidence string      `json:"evidence,omitempty"` // first bytes found, and where
+	at       int64       // of what was found beyond a glance
 }
 
 func (c content) String() string {
@@ -108,6 +122,12 @@ func (c content) String() string {
 	default:
 		b.WriteString(strings.Join(c.Signatures, " and "))
 	}
+	if m := c.Member; m != nil {
+		fmt.Fprintf(&b, " (disk %d of %d of the array %s, named %q)", m.Role, m.Disks, m.UUID, m.Name)
+	}
+	if h := c.Header; h != nil {
+		fmt.Fprintf(&b, " (uuid %s, label %q)", h.UUID, h.Label)
+	}
 	if c.UUID != "" {
 		fmt.Fprintf(&b, " (uuid %s, label %q)", c.UUID, c.Label)
 	}
@@ -115,6 +135,12 @@ func (c content) String() string {
 		fmt.Fprintf(&b, ", %s", c.Evidence)
 	}
 	return b.String()
+}
+
+// decided reports whether an operator has decided so of a device.
+func (o observed) decided(act string, dev device) bool {
+	one := o.Decisions[dev.Serial]
+	return o.Decision != nil && o.Decision.is(act, dev) || one != nil && one.is(act, dev)
 }
 
 // at returns the topmost mount at target.
@@ -160,8 +186,28 @@ func (d device) owns(dev string) bool {
 	return d.Dev == dev || slices.ContainsFunc(d.Partitions, func(p part) bool { return p.Dev == dev })
 }
 
+// disks returns the disks at the bottom, in order: of a disk, itself.
+func (d device) disks() (all []device) {
+	for _, u := range d.under {
+		all = append(all, u.disks()...)
+	}
+	if len(d.under) == 0 {
+		all = []device{d}
+	}
+	return all
+}
+
+// ids names the disks at the bottom.
+func (d device) ids() string {
+	var all []string
+	for _, one := range d.disks() {
+		all = append(all, one.Serial)
+	}
+	return strings.Join(all, "+")
+}
+
 func (d device) String() string {
-	return fmt.Sprintf("%s (/dev/%s, %s)", d.Serial, d.Name, Size(d.SizeBytes))
+	return fmt.Sprintf("%s (/dev/%s, %s)", d.ids(), d.Name, Size(d.SizeBytes))
 }
 
 func names(all []device) string {

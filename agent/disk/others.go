@@ -201,11 +201,10 @@ func parseVolume(text []byte) string {
 func NotCSI(ours []State, all []Other, volumes []string) []string {
 	ids := []string{}
 	for _, s := range ours {
-		id := s.DiskID
-		if id == "" {
-			id = s.Name // it will be attached
+		if s.DiskID == "" {
+			ids = append(ids, s.Name) // it will be attached
 		}
-		ids = append(ids, id)
+		ids = append(ids, s.IDs()...)
 	}
 	for _, o := range all {
 		if !o.CSI && !slices.Contains(volumes, o.DiskID) {

@@ -100,7 +100,7 @@ func (o *Others) observe() ([]Other, error) {
 	}
 	var ours []string
 	for _, s := range o.ours() {
-		ours = append(ours, s.DiskID)
+		ours = append(ours, s.IDs()...)
 	}
 	return others(ours, have, data), nil
 }

@@ -92,9 +92,9 @@ func TestOthers(t *testing.T) {
 }
 
 func TestNotCSI(t *testing.T) {
-	ours := []State{{DiskID: "disk-ours0001"}, {Name: "disk/data"}}
+	ours := []State{{DiskID: "disk-ours0001", Members: []Member{{DiskID: "disk-ours0001"}, {DiskID: "disk-ours0002"}}}, {DiskID: "disk-ours0003"}, {Name: "disk/data"}}
 	all := []Other{{DiskID: "disk-csi00001", CSI: true}, {DiskID: "disk-csi00002"}, {DiskID: "disk-byhand01", Mount: "/mnt"}}
-	if got := NotCSI(ours, all, []string{"disk-csi00002"}); !slices.Equal(got, []string{"disk-byhand01", "disk-ours0001", "disk/data"}) {
+	if got := NotCSI(ours, all, []string{"disk-csi00002"}); !slices.Equal(got, []string{"disk-byhand01", "disk-ours0001", "disk-ours0002", "disk-ours0003", "disk/data"}) {
 		t.Errorf("%v", got)
 	}
 }

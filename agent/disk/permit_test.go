@@ -13,12 +13,39 @@ import (
 	"testing"
 )
 
-// destructive are the programs that overwrite a disk, as a word of any string;
-// mkfs is allowed in one function.
+// destructive are the programs that overwrite a disk, as a word of any string.
 var destructive = regexp.MustCompile(`(^|[^a-zA-Z0-9_-])(mkfs(\.\w+)?|mke2fs|mkswap|wipefs|blkdiscard|pvcreate|vgcreate|lvcreate|mdadm|sgdisk|sfdisk|parted|shred|cryptsetup)($|[^a-zA-Z0-9_-])|^dd($| )`)
+
+// runners are the functions that may name such a program, and run one. What makes an
+// array or a header is said in one place each, by a method of permit or under one.
+var runners = map[string]*regexp.Regexp{
+	"mkfs":      regexp.MustCompile(`^mkfs\.(ext4|xfs)$`),
+	"makeArray": regexp.MustCompile(`^mdadm$`),
+	"makeCrypt": regexp.MustCompile(`^cryptsetup$`),
+	"openCrypt": regexp.MustCompile(`^cryptsetup$`),
+	"widen":     regexp.MustCompile(`^cryptsetup$`),
+	"lower":     regexp.MustCompile(`^cryptsetup$`),
+}
+
+// harmless are those of them that make nothing, and need no permit.
+var harmless = []string{"openCrypt", "widen", "lower"}
+
+// writing are the words that make a program of several uses overwrite a disk, and where
+// they may stand, once.
+var writing = regexp.MustCompile(`^(--(create|build|assemble|grow|manage|zero-superblock|add|re-add)|-[CAGB]|luks(Format|Erase|AddKey|RemoveKey|ChangeKey|KillSlot|HeaderRestore)|erase|reencrypt|convert)$`)
+
+var writes = map[string]string{"makeArray": "--create", "makeCrypt": "luksFormat"}
 
 // forbidden are the requests to the kernel that do the same.
 var forbidden = []string{"BLKDISCARD", "BLKSECDISCARD", "BLKZEROOUT", "BLKPG", "BLKROSET"}
+
+// law is what is counted of everything that ends up on a node.
+type law struct {
+	*testing.T
+	files, permits int
+	sites          map[string]int // calls of runners
+	said           map[string]int // words of writing
+}
 
 // TestOneWayToFormat walks the syntax tree of everything that ends up on a node.
 func TestOneWayToFormat(t *testing.T) {
@@ -26,14 +53,14 @@ func TestOneWayToFormat(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(root, "go.mod")); err != nil {
 		t.Fatal(err)
 	}
-	var permits, sites, files int
+	l := &law{T: t, sites: map[string]int{}, said: map[string]int{}}
 	err := filepath.WalkDir(root, func(path string, e fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
 		rel, _ := filepath.Rel(root, path)
 		if e.IsDir() {
-			if rel == "lab" || rel == "images" || e.Name() == "testdata" || len(rel) > 1 && strings.HasPrefix(e.Name(), ".") {
+			if rel == "lab" || rel == "images" || rel == "packaging" || e.Name() == "testdata" || len(rel) > 1 && strings.HasPrefix(e.Name(), ".") {
 				return fs.SkipDir
 			}
 			return nil
@@ -41,59 +68,79 @@ func TestOneWayToFormat(t *testing.T) {
 		if !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
 			return nil
 		}
-		files++
+		l.files++
 		set := token.NewFileSet()
 		file, err := parser.ParseFile(set, path, nil, parser.SkipObjectResolution)
 		if err != nil {
 			return err
 		}
-		here := rel == filepath.Join("agent", "disk", "format_linux.go")
 		for _, decl := range file.Decls {
 			fn, _ := decl.(*ast.FuncDecl)
-			in := func(name string) bool { return here && fn != nil && fn.Name.Name == name }
-			// These run a program on a file system that is mounted.
-			mounted := fn != nil && (rel == filepath.Join("agent", "disk", "grow_linux.go") && fn.Name.Name == "growNow" ||
-				rel == filepath.Join("agent", "disk", "trim_linux.go") && fn.Name.Name == "trim")
-			ast.Inspect(decl, func(n ast.Node) bool {
-				switch n := n.(type) {
-				case *ast.BasicLit:
-					if n.Kind == token.STRING && destructive.MatchString(strings.Trim(n.Value, "`\"")) && !in("mkfs") {
-						t.Errorf("%s: %s names a program that overwrites disks", set.Position(n.Pos()), n.Value)
-					}
-				case *ast.SelectorExpr:
-					if slices.Contains(forbidden, n.Sel.Name) {
-						t.Errorf("%s: %s overwrites disks", set.Position(n.Pos()), n.Sel.Name)
-					}
-				case *ast.CompositeLit:
-					if id, ok := n.Type.(*ast.Ident); ok && filepath.Dir(rel) == filepath.Join("agent", "disk") && id.Name == "permit" {
-						permits++
-						if !in("prove") {
-							t.Errorf("%s: a permit that was not proven", set.Position(n.Pos()))
-						}
-					}
-				case *ast.CallExpr:
-					s, ok := n.Fun.(*ast.SelectorExpr)
-					if !ok {
-						return true
-					}
-					if s.Sel.Name == "mkfs" {
-						sites++
-					}
-					if x, ok := s.X.(*ast.Ident); ok && x.Name == "exec" && filepath.Dir(rel) == filepath.Join("agent", "disk") && !in("mkfs") && !mounted && !itself(rel, fn, n) {
-						t.Errorf("%s: runs a program", set.Position(n.Pos()))
-					}
-				}
-				return true
-			})
+			l.look(set, rel, fn, decl)
 		}
 		return nil
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if files < 20 || permits != 1 || sites != 1 {
-		t.Errorf("%d files hold %d permits and %d calls of mkfs; want one each", files, permits, sites)
+	if l.files < 20 || l.permits != 1 || l.sites["mkfs"] != 1 || l.sites["makeArray"] != 1 || l.sites["makeCrypt"] != 1 {
+		t.Errorf("%d files hold %d permits and calls of %v; want one of each that writes", l.files, l.permits, l.sites)
 	}
+	if len(l.said) != 2 || l.said["--create"] != 1 || l.said["luksFormat"] != 1 {
+		t.Errorf("programs are told to overwrite disks by %v; want each once", l.said)
+	}
+}
+
+// look holds a declaration, which is a function or not, against the law.
+func (l *law) look(set *token.FileSet, file string, fn *ast.FuncDecl, decl ast.Decl) {
+	here, name := filepath.Dir(file) == filepath.Join("agent", "disk"), ""
+	if here && fn != nil {
+		name = fn.Name.Name
+	}
+	// These run a program on a file system that is mounted.
+	mounted := file == filepath.Join("agent", "disk", "grow_linux.go") && name == "growNow" ||
+		file == filepath.Join("agent", "disk", "trim_linux.go") && name == "trim"
+	ast.Inspect(decl, func(n ast.Node) bool {
+		switch n := n.(type) {
+		case *ast.BasicLit:
+			text := strings.Trim(n.Value, "`\"")
+			if allowed := runners[name]; n.Kind == token.STRING && destructive.MatchString(text) && (allowed == nil || !allowed.MatchString(text)) {
+				l.Errorf("%s: %s names a program that overwrites disks", set.Position(n.Pos()), n.Value)
+			}
+			if here && n.Kind == token.STRING && writing.MatchString(text) {
+				if l.said[text]++; writes[name] != text {
+					l.Errorf("%s: %s has a program overwrite a disk", set.Position(n.Pos()), n.Value)
+				}
+			}
+		case *ast.SelectorExpr:
+			if slices.Contains(forbidden, n.Sel.Name) {
+				l.Errorf("%s: %s overwrites disks", set.Position(n.Pos()), n.Sel.Name)
+			}
+		case *ast.CompositeLit:
+			if id, ok := n.Type.(*ast.Ident); ok && here && id.Name == "permit" {
+				if l.permits++; name != "prove" {
+					l.Errorf("%s: a permit that was not proven", set.Position(n.Pos()))
+				}
+			}
+		case *ast.CallExpr:
+			if id, ok := n.Fun.(*ast.Ident); ok && here && id.Name == "program" && runners[name] == nil && name != "load" {
+				l.Errorf("%s: runs a program", set.Position(n.Pos()))
+			}
+			s, ok := n.Fun.(*ast.SelectorExpr)
+			if !ok {
+				return true
+			}
+			if _, ok := runners[s.Sel.Name]; ok {
+				if l.sites[s.Sel.Name]++; !slices.Contains(harmless, s.Sel.Name) && name != "format" {
+					l.Errorf("%s: formats without a permit", set.Position(n.Pos()))
+				}
+			}
+			if x, ok := s.X.(*ast.Ident); ok && x.Name == "exec" && here && name != "program" && !mounted && !itself(file, fn, n) {
+				l.Errorf("%s: runs a program", set.Position(n.Pos()))
+			}
+		}
+		return true
+	})
 }
 
 // itself reports whether a call starts this very program, as a helper that writes

@@ -21,6 +21,10 @@ const (
 	grow   verb = "grow"
 	record verb = "bind"   // what the selector means
 	join   verb = "attach" // the disk to the instance
+	// What stands between disks and file system: see stack.go.
+	assemble verb = "assemble" // the array of a stripe
+	unlock   verb = "open"     // the mapping of an encrypted disk
+	lower    verb = "lower"    // a layer that is not complete, or of no use
 	// What comes after: see fence.go, mountunit.go.
 	publish verb = "publish"
 	reload  verb = "reload"
@@ -49,7 +53,7 @@ func decide(want node.DiskConfig, have observed) ([]step, error) {
 	if steps, err := fence(want, have); len(steps) > 0 || err != nil && have.Attach == nil {
 		return steps, err
 	}
-	dev, err := bind(want, have)
+	at, err := raise(want, have)
 	if err != nil && have.Attach != nil {
 		return attaching(want, *have.Attach)
 	}
@@ -58,18 +62,27 @@ func decide(want node.DiskConfig, have observed) ([]step, error) {
 	}
 	if m, ok := have.at(want.MountPoint); ok {
 		m.ReadOnly = m.ReadOnly || have.Stopped
-		if err := mounted(dev, m); err != nil {
+		if err := at.mounted(m); err != nil {
 			return nil, err
 		}
+		dev := at.dev()
 		return append(published(want, dev, m, have), grown(dev, m, have)...), nil
 	}
 	if have.ledgerErr != nil {
 		return nil, have.ledgerErr
 	}
-	if err := unused(dev, have); err != nil {
+	if err := at.unused(have); err != nil {
 		return nil, err
 	}
-	return fromContent(want, dev, have)
+	if err := at.fits(want, have); err != nil {
+		return nil, err
+	}
+	if want.Layered() {
+		if steps, err := stackStep(want, at, have); len(steps) > 0 || err != nil {
+			return steps, err
+		}
+	}
+	return fromContent(want, at.dev(), have)
 }
 
 // bind returns the one device that is the wanted disk.
@@ -119,6 +132,16 @@ func (o observed) identity(want node.DiskConfig) (string, error) {
 	return onlyDataDisk(want, o)
 }
 
+// missing returns the first of the named disks that is not there.
+func (o observed) missing(want node.DiskConfig) string {
+	for _, id := range want.IDs() {
+		if !slices.ContainsFunc(o.Devices, func(d device) bool { return d.Serial == id }) {
+			return id
+		}
+	}
+	return ""
+}
+
 // diskID is what a CBS disk's serial looks like; virtio carries 20 bytes of it.
 var diskID = regexp.MustCompile(`^disk-[a-z0-9]{1,15}$`)
 
@@ -127,7 +150,7 @@ var diskID = regexp.MustCompile(`^disk-[a-z0-9]{1,15}$`)
 func onlyDataDisk(want node.DiskConfig, have observed) (string, error) {
 	var known []string
 	for id, e := range have.Ledger {
-		if e.MountPoint == want.MountPoint {
+		if e.MountPoint == want.MountPoint && e.DiskID == id { // once for a stripe
 			known = append(known, id)
 		}
 	}
@@ -210,24 +233,20 @@ func unused(dev device, have observed) error {
 func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error) {
 	c, past := have.Content, have.Ledger[dev.Serial]
 	fs := string(want.FileSystem)
-	mount := step{verb: attach, text: fmt.Sprintf("mount %s (%s) on %s", dev.Serial, fs, want.MountPoint)}
+	mount := mountStep(want, dev.Serial, fs)
 	one := len(c.Signatures) == 1 && len(dev.Partitions) == 0
 	ours := c.UUID != "" && (c.UUID == past.UUID || c.Label == label(dev.Serial))
-	decided := func(act string) bool { return have.Decision != nil && have.Decision.is(act, dev) }
+	decided := func(act string) bool { return have.decided(act, dev) }
+	if err := lasting(dev, c); err != nil {
+		return nil, err
+	}
 	switch {
-	case c.Proving != "":
-		return nil, node.Waiting(proving(c.Hung), "%s", c.Proving)
-	case dev.ReadOnly:
-		return nil, node.Terminal("ReadOnly", "attach it writable", fmt.Errorf("%s is a read-only device", dev))
-	case c.Busy:
-		return nil, node.Waiting("Busy", "%s is locked by another program", dev)
 	case decided(actFormat):
 		return []step{{verb: format, text: fmt.Sprintf("format %s with %s over whatever it holds, as %s", dev, fs, have.Decision)}, mount}, nil
 	case c.Unreadable != "":
 		return nil, unreadable(dev, c)
 	case c.Blank && past.State == stateFormatted:
-		return nil, node.Terminal("Lost", "if its data may be lost, type: "+command(actFormat, dev),
-			fmt.Errorf("%s reads as blank, but was formatted on %s (uuid %s)", dev, past.At.Format("2006-01-02 15:04:05Z"), past.UUID))
+		return nil, blanked(past, dev.String()+" reads as blank", "if its data may be lost, type: "+command(actFormat, dev))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0 && want.FileSystem == node.Ext3:
 		return nil, node.Terminal("Ext3NotMade", "set fileSystem: ext4 in the NodeConfig", fmt.Errorf("%s is blank, and ext3 is only mounted where it is found", dev))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
@@ -241,7 +260,7 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 			fmt.Errorf("%s holds tkenode's %s, made on a node of another cluster", dev, c))
 	case one && ours, one && adoptable(c) && (want.WhenNotBlank == node.MountFound || decided(actAdopt)):
 		found := c.Signatures[0]
-		mount.text = fmt.Sprintf("mount %s (%s) on %s", dev.Serial, found, want.MountPoint)
+		mount = mountStep(want, dev.Serial, found)
 		if found != fs && want.WhenNotBlank != node.MountFound {
 			return nil, node.Terminal("WrongFileSystem", fmt.Sprintf("set fileSystem: %s in the NodeConfig", c.Signatures[0]),
 				fmt.Errorf("%s holds %s, the NodeConfig asks for %s", dev, c, fs))
@@ -271,9 +290,8 @@ func published(want node.DiskConfig, dev device, m mount, have observed) []step 
 		return nil
 	}
 	was := have.Was
-	noted := was != nil && was.DiskID == dev.Serial && was.Dev == dev.Dev && was.Gone.IsZero()
 	switch name := unitName(want.MountPoint); {
-	case !noted || u.Text != unitText(dev.Serial, m.Source, want.MountPoint, m.FSType):
+	case was == nil || !was.of(dev) || !was.Gone.IsZero() || u.Text != unitText(dev.ids(), m.Source, want.MountPoint, m.FSType):
 		return []step{{verb: publish, text: fmt.Sprintf("publish %s as %s", dev.Serial, name)}}
 	case u.Stale:
 		return []step{{verb: reload, text: fmt.Sprintf("reload systemd's units: it has not read %s", u.Path)}}

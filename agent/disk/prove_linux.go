@@ -29,9 +29,106 @@ const (
 // claim is a disk that is held while it is proven blank.
 type claim struct {
 	dev       device
-	disk      *os.File // open, and so its name and number are no other disk's; locked
-	exclusive *os.File // the same, for direct reads; nobody else can claim it
-	writes    string   // how often it had been written to when it was claimed
+	disk      *os.File  // open, and so its name and number are no other disk's; locked
+	exclusive *os.File  // the same, for direct reads; nobody else can claim it
+	writes    string    // how often it had been written to when it was claimed
+	own       span      // of an attempt that was cut off: it is ours, and counts as blank
+	order     *decision // by which whatever it holds is erased; nil: it is blank
+}
+
+// reader reads a claimed disk.
+func (c *claim) reader(ctx context.Context) io.ReaderAt {
+	return masked{reader{ctx, c.exclusive}, c.own}
+}
+
+// masked reads a span of a disk as zero.
+type masked struct {
+	io.ReaderAt
+	own span
+}
+
+func (m masked) ReadAt(b []byte, at int64) (int, error) {
+	n, err := m.ReaderAt.ReadAt(b, at)
+	if from, to := max(m.own.from, at), min(m.own.to, at+int64(n)); from < to {
+		clear(b[from-at : to-at])
+	}
+	return n, err
+}
+
+// held is a disk of a stripe that has been proven while others are still read.
+type held struct {
+	claim *claim
+	proof string
+}
+
+// claims returns the claims under which all that at stands on was found blank, or is
+// to be erased, and what that rests on. While any of it is read it returns an error of
+// class waiting, and keeps what is proven claimed. The caller holds mu.
+func (d *Disk) claims(ctx context.Context, at place, have observed) ([]*claim, string, error) {
+	if at.next() != array {
+		c, proof, err := d.proven(ctx, at.dev(), have.Ledger[at.dev().Serial], have.Decision, have.Content)
+		return []*claim{c}, proof, err
+	}
+	errs := make([]error, len(at.disks))
+	var wg sync.WaitGroup
+	for i, dev := range at.disks {
+		part := d.parts[dev.Serial]
+		if part.held != nil {
+			continue
+		}
+		wg.Go(func() {
+			c, proof, err := part.proven(ctx, dev, have.Ledger[dev.Serial], have.Decisions[dev.Serial], have.Members[dev.Serial])
+			if errs[i] = err; err == nil {
+				part.held = &held{c, proof}
+			}
+		})
+	}
+	wg.Wait()
+	var waiting []string
+	hung := false
+	for _, err := range errs {
+		switch {
+		case node.ReasonOf(err, "") == Proving:
+			waiting = append(waiting, err.Error())
+		case node.ReasonOf(err, "") == Hung:
+			waiting, hung = append(waiting, err.Error()), true
+		case err != nil:
+			d.drop()
+			return nil, "", err
+		}
+	}
+	if len(waiting) > 0 {
+		return nil, "", node.Waiting(proving(hung), "%s", strings.Join(waiting, "; "))
+	}
+	var all []*claim
+	var proofs []string
+	for _, dev := range at.disks {
+		part := d.parts[dev.Serial]
+		all, proofs = append(all, part.held.claim), append(proofs, part.held.proof)
+		part.held = nil
+	}
+	return all, together(at.disks, proofs), nil
+}
+
+// proven returns the claim under which a device was found blank, or is to be erased.
+func (d *Disk) proven(ctx context.Context, dev device, past entry, order *decision, found content) (*claim, string, error) {
+	if order != nil && order.is(actFormat, dev) {
+		return d.ordered(ctx, dev, order)
+	}
+	return d.blank(ctx, dev, past, found.own(past))
+}
+
+// own returns what a disk holds of an attempt to make a stack that was cut off before
+// a file system was made: nothing can have been written behind it by then.
+func (c content) own(past entry) span {
+	switch {
+	case past.State != stateFormatting:
+	case c.Member != nil && past.Array != nil && c.Member.UUID == past.Array.UUID && c.Member.DataAt == dataAt:
+		return span{superAt, dataAt}
+	case c.Header != nil && past.Crypt != "" && c.Header.UUID == past.Crypt:
+		return span{0, headerBytes}
+	}
+	return span{}
 }
 
 // claim claims dev: that fails while anybody has it mounted, stacked or claimed.
@@ -107,6 +204,11 @@ func reopen(disk *os.File, flags int) (*os.File, error) {
 	return os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", disk.Fd()), flags|unix.O_EXCL|unix.O_DIRECT, 0)
 }
 
+// reread opens it once more for direct reads, and claims nothing.
+func reread(disk *os.File) (*os.File, error) {
+	return os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", disk.Fd()), unix.O_RDONLY|unix.O_DIRECT, 0)
+}
+
 // lock takes the lock by which programs keep udev and each other off a disk.
 func lock(ctx context.Context, disk *os.File) error {
 	ctx, cancel := context.WithTimeout(ctx, lockPatience)
@@ -142,7 +244,7 @@ type proof struct {
 
 // blank returns the claim under which dev was found blank, and what that rests on.
 // While dev is read it returns an error of class waiting. The caller holds mu.
-func (d *Disk) blank(ctx context.Context, dev device, past entry) (*claim, string, error) {
+func (d *Disk) blank(ctx context.Context, dev device, past entry, own span) (*claim, string, error) {
 	if d.proof != nil {
 		return d.conclude(ctx)
 	}
@@ -150,6 +252,7 @@ func (d *Disk) blank(ctx context.Context, dev device, past entry) (*claim, strin
 	if err != nil {
 		return nil, "", err
 	}
+	c.own = own
 	origin := make(chan []Evidence, 1) // asked for while the disk is sampled
 	go func() {
 		done := d.account.begin("cloud")
@@ -158,7 +261,7 @@ func (d *Disk) blank(ctx context.Context, dev device, past entry) (*claim, strin
 		origin <- evidence
 	}()
 	done := d.account.begin("sample")
-	found := inspect(reader{ctx, c.exclusive}, dev.SizeBytes)
+	found := inspect(c.reader(ctx), dev.SizeBytes)
 	done()
 	evidence := <-origin
 	d.account.evidence(append([]Evidence{
@@ -192,6 +295,7 @@ func (d *Disk) ordered(ctx context.Context, dev device, order *decision) (*claim
 		c.close()
 		return nil, "", node.Terminal("Unreadable", "detach it: a file system on it would not last", fmt.Errorf("read the ends of %s: %w", dev, err))
 	}
+	c.order = order
 	return c, proof, nil
 }
 
@@ -204,7 +308,7 @@ func (d *Disk) begin(c *claim, past entry, why string) {
 	ended := d.account.begin("read")
 	go func() { // conclude or drop waits for it
 		defer close(p.done)
-		p.found = readAll(reader{ctx, c.exclusive}, c.dev.SizeBytes, &p.read)
+		p.found = readAll(c.reader(ctx), c.dev.SizeBytes, &p.read)
 		ended()
 		d.log.Info("has read", "disk", c.dev.String(), "bytes", p.read.Load(), "took", time.Since(p.began).Round(time.Second), "found", p.found.String())
 	}()
@@ -226,7 +330,7 @@ func (d *Disk) conclude(ctx context.Context) (*claim, string, error) {
 	p.cancel()
 	found := p.found
 	if found.Blank { // the ends once more, after what may have been hours
-		found = inspect(reader{ctx, p.exclusive}, p.dev.SizeBytes)
+		found = inspect(p.reader(ctx), p.dev.SizeBytes)
 	}
 	d.account.add(Evidence{"the disk itself", fmt.Sprintf("every block: %s read, %s found", Size(p.read.Load()), found), found.Blank})
 	if !found.Blank {
@@ -239,6 +343,13 @@ func (d *Disk) conclude(ctx context.Context) (*claim, string, error) {
 
 // drop gives up reading. A read that hangs in the kernel is left behind.
 func (d *Disk) drop() {
+	for _, part := range d.parts {
+		part.drop()
+	}
+	if d.held != nil {
+		d.held.claim.close()
+		d.held = nil
+	}
 	p := d.proof
 	if p == nil {
 		return

@@ -74,8 +74,8 @@ func resolve(all []node.DiskConfig, bound []binding, have inventory) ([]binding,
 		taken[b.DiskID] = "bound to " + b.MountPoint
 	}
 	for _, e := range all {
-		if e.DiskID != "" {
-			taken[e.DiskID] = "named for " + e.MountPoint
+		for _, id := range e.IDs() {
+			taken[id] = "named for " + e.MountPoint
 		}
 	}
 	var open []node.DiskConfig

@@ -127,10 +127,12 @@ func (d *Disk) observeServing(ctx context.Context, have *observed) error {
 func (d *Disk) unnoted(ctx context.Context, m mount, have observed) *serving {
 	var was *serving
 	for id, e := range have.Ledger {
-		if e.MountPoint == d.want.MountPoint && was == nil && strings.HasPrefix(m.Source, "/dev/") {
-			was = &serving{DiskID: id, Dev: m.Dev}
-		} else if e.MountPoint == d.want.MountPoint {
+		switch {
+		case e.MountPoint != d.want.MountPoint, e.DiskID != id: // a stripe's stands under each of its disks
+		case was != nil, !strings.HasPrefix(m.Source, "/dev/"):
 			return nil
+		default:
+			was = &serving{DiskID: id, Dev: m.Dev, Disks: d.beneath(filepath.Base(m.Source), e)}
 		}
 	}
 	if was == nil || d.lost(ctx, *was) == "" {
@@ -139,18 +141,28 @@ func (d *Disk) unnoted(ctx context.Context, m mount, have observed) *serving {
 	return was
 }
 
-// lost looks for the device that was mounted, and once more if it is not there.
+// lost looks for the disk that was mounted, and once more if it is not there. An array or
+// a mapping outlives its disks, and is there as long as it is mounted, so they are what is
+// looked for; every plan sees whether what is mounted is made of them.
 func (d *Disk) lost(ctx context.Context, was serving) string {
-	first := d.sight(was.Dev)
-	if lost(was, first) == "" {
-		return another(was, d.tended.serials())
+	for _, s := range was.disks() {
+		first := d.sight(s.Dev)
+		if lost(s, first) == "" {
+			continue
+		}
+		select {
+		case <-time.After(looksApart):
+		case <-ctx.Done():
+			return ""
+		}
+		switch why := lost(s, first, d.sight(s.Dev)); {
+		case why != "" && len(was.Disks) > 0:
+			return "of " + s.DiskID + " " + why
+		case why != "":
+			return why
+		}
 	}
-	select {
-	case <-time.After(looksApart):
-	case <-ctx.Done():
-		return ""
-	}
-	return lost(was, first, d.sight(was.Dev))
+	return another(was, d.tended.serials())
 }
 
 // sight looks for a block device by its number.
@@ -230,13 +242,13 @@ func (d *Disk) after(ctx context.Context, s step, have observed) error {
 		defer d.tended.unitRead(true)
 		return d.systemd.Reload(ctx)
 	default: // publish
-		dev, err := bind(d.want, have)
+		at, err := raise(d.want, have)
 		if err != nil {
 			return err
 		}
 		m, _ := have.at(d.want.MountPoint)
 		d.tended.unitRead(false) // until it is asked
-		return d.publish(dev, m.FSType, m.Source)
+		return d.publish(at.dev(), m.FSType, m.Source)
 	}
 }
 
@@ -246,14 +258,14 @@ func (d *Disk) publish(dev device, fs, source string) error {
 	if err := d.publishUnit(dev, fs, source); err != nil {
 		return err
 	}
-	return d.setNote(serving{DiskID: dev.Serial, Dev: dev.Dev, Seq: dev.Seq})
+	return d.setNote(noteOf(dev))
 }
 
 func (d *Disk) publishUnit(dev device, fs, source string) error {
 	if d.systemd == nil {
 		return nil
 	}
-	path, text := unitPath(d.want.MountPoint), []byte(unitText(dev.Serial, source, d.want.MountPoint, fs))
+	path, text := unitPath(d.want.MountPoint), []byte(unitText(dev.ids(), source, d.want.MountPoint, fs))
 	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, text) {
 		return nil // systemd would take it for changed
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -166,7 +167,7 @@ func TestDamagedNote(t *testing.T) {
 	if err := d.setNote(want); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := d.note(); err != nil || got == nil || *got != want {
+	if got, err := d.note(); err != nil || got == nil || !reflect.DeepEqual(*got, want) {
 		t.Errorf("got %+v, %v", got, err)
 	}
 	for _, text := range []string{"", "{", `{"diskID":"disk-abc12345"}`} {

@@ -15,7 +15,9 @@ type State struct {
 	DiskID     string          `json:"diskID,omitempty"` // empty: not known yet
 	Device     string          `json:"device,omitempty"` // where it is now, never what it is
 	SizeBytes  int64           `json:"sizeBytes,omitempty"`
-	State      string          `json:"state"` // Mounted, Planned, or why it is not: Absent, Proving, Foreign, …
+	Members    []Member        `json:"members,omitempty"` // the disks under Layers, in order; none: it is the disk itself
+	Layers     []string        `json:"layers,omitempty"`  // between the disks and the file system, as far as they are up
+	State      string          `json:"state"`             // Mounted, Planned, or why it is not: Absent, Proving, Foreign, …
 	Since      time.Time       `json:"since,omitzero"`
 	Message    string          `json:"message,omitempty"`
 	MountPoint string          `json:"mountPoint"`
@@ -37,6 +39,27 @@ type State struct {
 	// Warnings are what is to be known although the disk is mounted and well.
 	Warnings []Warning `json:"warnings,omitempty"`
 }
+
+// Member is one disk of a stripe, or the one that is encrypted.
+type Member struct {
+	DiskID    string `json:"diskID"`
+	Device    string `json:"device,omitempty"` // empty: it is not there
+	SizeBytes int64  `json:"sizeBytes,omitempty"`
+}
+
+// IDs returns the ids of all disks that are known.
+func (s State) IDs() (ids []string) {
+	for _, m := range s.Members {
+		ids = append(ids, m.DiskID)
+	}
+	if len(ids) == 0 && s.DiskID != "" {
+		ids = []string{s.DiskID}
+	}
+	return ids
+}
+
+// Has reports whether id is the disk, or one of the stripe.
+func (s State) Has(id string) bool { return slices.Contains(s.IDs(), id) }
 
 // Past is what the ledger says was done to a disk.
 type Past struct {
@@ -103,6 +126,12 @@ func (a *account) evidence(all []Evidence) {
 	a.all = all
 }
 
+func (a *account) evidenceNow() []Evidence {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.all)
+}
+
 func (a *account) add(e Evidence) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -160,7 +189,8 @@ func (d *Disk) State() State {
 	s := a.last
 	s.Now, s.Name, s.MountPoint = time.Now(), d.Name(), d.want.MountPoint
 	if s.State == "" {
-		s.State, s.DiskID, s.FileSystem = Unknown, d.want.DiskID, d.want.FileSystem
+		s.State, s.DiskID, s.FileSystem = Unknown, d.firstID(), d.want.FileSystem
+		s.Members = d.members(s.DiskID, nil)
 	}
 	if a.progress != nil {
 		var hung bool
@@ -169,6 +199,12 @@ func (d *Disk) State() State {
 		}
 	}
 	s.Evidence = append([]Evidence{}, a.all...)
+	for _, id := range d.want.DiskIDs {
+		for _, e := range d.parts[id].account.evidenceNow() {
+			e.Source = id + ": " + e.Source
+			s.Evidence = append(s.Evidence, e)
+		}
+	}
 	s.Steps = append([]Step{}, a.steps...)
 	if a.growth != nil && s.State == Mounted {
 		s.Warnings = append(s.Warnings, *a.growth)
@@ -180,15 +216,48 @@ func (d *Disk) State() State {
 	return s
 }
 
+// firstID returns the id by which the disks are named; empty: it is not known yet.
+func (d *Disk) firstID() string {
+	if ids := d.want.IDs(); len(ids) > 0 {
+		return ids[0]
+	}
+	return ""
+}
+
+// members lists the disks under the layers, if there are any; id is that of a single one.
+func (d *Disk) members(id string, have []device) (all []Member) {
+	ids := d.want.DiskIDs
+	if len(ids) == 0 && d.want.Layered() && id != "" {
+		ids = []string{id}
+	}
+	for _, id := range ids {
+		m := Member{DiskID: id}
+		if i := slices.IndexFunc(have, func(v device) bool { return v.Serial == id }); i >= 0 {
+			m.Device, m.SizeBytes = "/dev/"+have[i].Name, have[i].SizeBytes
+		}
+		all = append(all, m)
+	}
+	return all
+}
+
 // stands says how the disk stands, by what a plan has found. The caller holds mu.
 func (d *Disk) stands(have observed, steps []step, err error) {
-	s := State{DiskID: d.want.DiskID, FileSystem: d.want.FileSystem}
-	if dev, err := bind(d.want, have); err == nil {
-		s.DiskID, s.Device, s.SizeBytes = dev.Serial, "/dev/"+dev.Name, dev.SizeBytes
+	s := State{DiskID: d.firstID(), FileSystem: d.want.FileSystem}
+	at, berr := raise(d.want, have)
+	if berr == nil {
+		dev := at.dev()
+		s.DiskID, s.Device, s.SizeBytes = at.disks[0].Serial, "/dev/"+dev.Name, dev.SizeBytes
+		if len(at.devs) > 1 {
+			s.Device, s.SizeBytes = "", 0 // there is none yet
+		}
+		for _, l := range at.up {
+			s.Layers = append(s.Layers, l.String())
+		}
 	}
 	if b := have.Binding; b != nil && s.DiskID == "" {
 		s.DiskID = b.DiskID
 	}
+	s.Members = d.members(s.DiskID, have.Devices)
 	s.BoundBy, s.Binding = d.boundBy(have, s.DiskID)
 	if past, ok := have.Ledger[s.DiskID]; ok {
 		s.FileSystem, s.UUID, s.Proof, s.Ledger = past.FileSystem, past.UUID, past.Proof, &Past{past.State, past.At}

@@ -125,7 +125,11 @@ func (t upkeep) tell(s *State) {
 // larger, and what to do.
 func behind(c tencent.Disk, s State) *Warning {
 	size := c.SizeGiB << 30
-	if c.ID == "" || c.ID != s.DiskID || s.State != Mounted || size <= s.SizeBytes {
+	if len(s.Members) == 1 { // what stands on it is smaller
+		s.Device, s.SizeBytes = s.Members[0].Device, s.Members[0].SizeBytes
+	}
+	// A stripe does not grow with its disks.
+	if c.ID == "" || c.ID != s.DiskID || len(s.Members) > 1 || s.State != Mounted || size <= s.SizeBytes {
 		return nil
 	}
 	text := fmt.Sprintf("the cloud says that %s has %s, and %s has %s", s.DiskID, Size(size), s.Device, Size(s.SizeBytes))

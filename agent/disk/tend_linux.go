@@ -21,9 +21,9 @@ const (
 
 // tended is what tending a disk has found.
 type tended struct {
-	moves     progressing // only tend touches it
-	probed    time.Time   // as moves
-	inherited time.Time   // as moves; since when an earlier agent's helper is out
+	moves     map[string]*progressing // by number of the disk; only tend touches it
+	probed    time.Time               // as moves
+	inherited time.Time               // as moves; since when an earlier agent's helper is out
 
 	mu       sync.Mutex // guards the rest
 	verified time.Time  // when the disk was mounted, and the mount found to be the disk's
@@ -185,7 +185,7 @@ func (d *Disk) sendProbe(ctx context.Context, v vitals) {
 	if err != nil {
 		return // it has just gone; the next look tells
 	}
-	found, err := d.send(ctx, errand{Act: "probe", Target: v.MountPoint, Dev: dev, Name: v.Device, Sys: d.sys, Doubtful: v.Ext4 != nil && v.Ext4.Count > 0}, probeDeadline)
+	found, err := d.send(ctx, errand{Act: "probe", Target: v.MountPoint, Dev: dev, Name: v.Device, Disks: v.Disks, Sys: d.sys, Doubtful: v.Ext4 != nil && v.Ext4.Count > 0}, probeDeadline)
 	if ctx.Err() != nil {
 		return
 	}
@@ -234,6 +234,23 @@ func (d *Disk) devOf(name string) (string, error) {
 	return attribute(filepath.Join(d.sys, "block", name), "dev")
 }
 
+func (d *Disk) nameOf(dev string) (string, error) {
+	link, err := os.Readlink(filepath.Join(d.sys, "dev", "block", dev))
+	return filepath.Base(link), err
+}
+
+// stalled reports for how long requests of a disk have been in flight of which none ends.
+func (d *Disk) stalled(dev, name string) stall {
+	n, ended, err := requests(filepath.Join(d.sys, "block", name))
+	if err != nil {
+		return stall{}
+	}
+	if d.tended.moves[dev] == nil {
+		d.tended.moves[dev] = &progressing{}
+	}
+	return d.tended.moves[dev].look(n, ended, time.Now())
+}
+
 // vitals reads what sysfs and mountinfo tell, none of which asks the disk, and adds
 // what the last probe has found. It is not ok if the disk is neither mounted nor gone.
 func (d *Disk) vitals(ctx context.Context) (v vitals, ok bool) {
@@ -245,7 +262,7 @@ func (d *Disk) vitals(ctx context.Context) (v vitals, ok bool) {
 	if err != nil || was == nil {
 		return v, false
 	}
-	v = vitals{Disk: was.DiskID, MountPoint: d.want.MountPoint}
+	v = vitals{Disk: was.String(), MountPoint: d.want.MountPoint}
 	if v.Gone = was.Why; v.Gone == "" {
 		v.Gone = d.lost(ctx, *was)
 	}
@@ -261,16 +278,23 @@ func (d *Disk) vitals(ctx context.Context) (v vitals, ok bool) {
 	if v.Mounted = mounted && m.Dev == was.Dev; !v.Mounted {
 		return v, false
 	}
-	link, err := os.Readlink(filepath.Join(d.sys, "dev", "block", m.Dev))
-	if err != nil {
+	if v.Device, err = d.nameOf(m.Dev); err != nil {
 		return v, false
 	}
-	v.Device, v.FSType, v.ReadOnly = filepath.Base(link), m.FSType, m.ReadOnly
+	v.FSType, v.ReadOnly = m.FSType, m.ReadOnly
+	for _, disk := range was.disks() {
+		name, err := d.nameOf(disk.Dev)
+		if err != nil {
+			return v, false
+		}
+		v.Disks = append(v.Disks, name)
+		// What is made of disks has no requests of its own that could hang.
+		if s := d.stalled(disk.Dev, name); s.For > v.Stalled.For || v.Stalled.Requests == 0 {
+			v.Stalled = s
+		}
+	}
 	if m.FSType == "ext4" {
 		v.Ext4 = readExt4Errors(filepath.Join(d.sys, "fs", "ext4", v.Device))
-	}
-	if n, ended, err := requests(filepath.Join(d.sys, "block", v.Device)); err == nil {
-		v.Stalled = d.tended.moves.look(n, ended, time.Now())
 	}
 	d.tended.mu.Lock()
 	defer d.tended.mu.Unlock()

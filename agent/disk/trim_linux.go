@@ -17,12 +17,9 @@ import (
 func (d *Disk) trim(ctx context.Context, s State) (bytesTrimmed int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, trimDeadline)
 	defer cancel()
-	dev, err := readDevice(d.sys, filepath.Base(s.Device), nil)
+	dev, err := d.top(s)
 	if err != nil {
 		return 0, err
-	}
-	if dev.Serial != s.DiskID {
-		return 0, fmt.Errorf("%s is not %s: %w", dev, s.DiskID, errChanged)
 	}
 	target, err := openMount(s.MountPoint, dev)
 	if err != nil {
@@ -38,4 +35,40 @@ func (d *Disk) trim(ctx context.Context, s State) (bytesTrimmed int64, err error
 		return 0, fmt.Errorf("fstrim %s: %w: %s", dev, err, strings.TrimSpace(string(bytes.ToValidUTF8(out[:min(len(out), 500)], nil))))
 	}
 	return parseTrim(out)
+}
+
+// top asks the disks anew who they are, and returns the device that stands on them.
+func (d *Disk) top(s State) (device, error) {
+	want, disks := d.want, s.Members
+	if len(want.IDs()) == 0 {
+		want.DiskID = s.DiskID // which a selector has found
+	}
+	if len(disks) == 0 {
+		disks = []Member{{DiskID: s.DiskID, Device: s.Device}}
+	}
+	var have observed
+	for _, m := range disks {
+		dev, err := readDevice(d.sys, filepath.Base(m.Device), nil)
+		if err == nil && dev.Serial != m.DiskID {
+			err = fmt.Errorf("%s is not %s: %w", dev, m.DiskID, errChanged)
+		}
+		if err != nil {
+			return device{}, err
+		}
+		have.Devices = append(have.Devices, dev)
+	}
+	if want.Layered() {
+		var err error
+		if have.Layers, err = readLayers(d.sys); err != nil {
+			return device{}, err
+		}
+	}
+	at, err := raise(want, have)
+	if err == nil && len(at.left) > 0 {
+		err = fmt.Errorf("%s has no more that it had on it: %w", at.dev(), errChanged)
+	}
+	if err != nil {
+		return device{}, err
+	}
+	return at.dev(), nil
 }

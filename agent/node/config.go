@@ -170,12 +170,15 @@ const (
 	MountFound  WhenNotBlank = "mount"  // exactly one file system, ext3, ext4 or xfs, is mounted as it is, as TKE does
 )
 
-// DiskConfig binds one CBS data disk to a directory.
+// DiskConfig binds one CBS data disk, or several as one, to a directory.
 type DiskConfig struct {
 	DiskID string `json:"diskID,omitempty" yaml:"diskID"` // disk-xxxxxxxx, the disk's live serial; empty: the only data disk of the instance
+	// DiskIDs are the disks of a stripe (RAID 0), 2 to 20, in this order for ever. They
+	// take the place of DiskID.
+	DiskIDs []string `json:"diskIDs,omitempty" yaml:"diskIDs"`
 	// Selector finds the disk where DiskID is empty, once. What it has found is kept.
 	Selector DiskSelector `json:"selector,omitzero" yaml:"selector"`
-	// Attach says that the agent attaches the disk, which DiskID names, and detaches
+	// Attach says that the agent attaches what DiskID or DiskIDs name, and detaches
 	// it again once a later generation no longer lists it.
 	Attach     bool       `json:"attach,omitempty" yaml:"attach"`
 	FileSystem FileSystem `json:"fileSystem" yaml:"fileSystem"` // default ext4
@@ -183,6 +186,37 @@ type DiskConfig struct {
 	// WhenNotBlank says whether a file system that tkenode did not make is mounted. A
 	// disk is formatted only if it is proven blank, whatever this says.
 	WhenNotBlank WhenNotBlank `json:"whenNotBlank,omitempty" yaml:"whenNotBlank"`
+	// Encryption, if it is there, puts LUKS2 under the file system.
+	Encryption *DiskEncryption `json:"encryption,omitempty" yaml:"encryption"`
+}
+
+// DiskEncryption says where the key of an encrypted disk comes from: exactly one of
+// the two is set.
+type DiskEncryption struct {
+	// KeyFile holds the key, 32 to 512 random bytes, all of them counted. It has to
+	// belong to root and be closed to others.
+	KeyFile string  `json:"keyFile,omitempty" yaml:"keyFile"`
+	KeyFrom KeyFrom `json:"keyFrom,omitempty" yaml:"keyFrom"`
+}
+
+// KeyFrom says what the key of an encrypted disk is derived from.
+type KeyFrom string
+
+// KeyFromInstance is the instance id and a random value that is made once and kept
+// on the system disk. It protects a disk that leaves the instance, not one that is
+// in it, and is lost with the system disk.
+const KeyFromInstance KeyFrom = "instance"
+
+// Layered reports whether anything stands between the disk and its file system.
+func (d DiskConfig) Layered() bool { return len(d.DiskIDs) > 0 || d.Encryption != nil }
+
+// IDs returns the ids of the disks that are named: none where a selector finds the disk,
+// or where the only one of the instance is meant.
+func (d DiskConfig) IDs() []string {
+	if d.DiskID != "" {
+		return []string{d.DiskID}
+	}
+	return d.DiskIDs
 }
 
 // DiskSelector says which of the instance's data disks is meant, by what the cloud

@@ -182,6 +182,10 @@ func isYAML(doc []byte) bool {
 
 // value decodes n into v, which is the field at path.
 func (d *decoder) value(n *yaml.Node, v reflect.Value, path string) {
+	if v.Kind() == reflect.Pointer { // that it is there says something, even if it is empty
+		v.Set(reflect.New(v.Type().Elem()))
+		v = v.Elem()
+	}
 	n, ok := d.enter(n, path)
 	if !ok {
 		return

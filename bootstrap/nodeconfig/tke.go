@@ -21,11 +21,12 @@ const typeForm = "expected a type of cloud disk, such as CLOUD_PREMIUM"
 func (v *validator) identity(at string, d node.DiskConfig, alone bool) {
 	s := d.Selector
 	_, selects := v.present[at+".selector"]
-	switch {
-	case d.DiskID != "" && selects:
+	switch named := d.DiskID != "" || d.DiskIDs != nil; {
+	case d.DiskID != "" && d.DiskIDs != nil:
+		v.problem(at+".diskIDs", "stands beside diskID; keep diskID for one disk, diskIDs for a stripe")
+	case named && selects:
 		v.problem(at+".selector", "the disk is named by diskID already; keep one of them")
-	case d.DiskID != "":
-		v.id(at+".diskID", "disk", d.DiskID)
+	case named:
 	case selects && s == (node.DiskSelector{}):
 		v.problem(at+".selector", "is empty; write at least one of type, sizeGiB and order")
 	case d.Attach:

@@ -2,14 +2,12 @@ package nodeconfig
 
 import (
 	"bytes"
-	"cmp"
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
 	"maps"
 	"net/netip"
 	"net/url"
-	"path"
 	"regexp"
 	"slices"
 	"strconv"
@@ -281,66 +279,6 @@ func (v *validator) ids(field, prefix string, ids []string, advice string) {
 		}
 	}
 }
-
-// Directories that a data disk must not hide. The last two hold what bootstrap
-// and the agent write before disks are mounted.
-var (
-	systemDirs = []string{
-		"/", "/home", "/media", "/mnt", "/opt", "/root", "/srv", "/var", "/var/cache", "/var/lib", "/var/log", "/var/tmp",
-		"/var/lib/systemd", "/var/lib/tkenode",
-	}
-	systemTrees = []string{
-		"/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/run", "/sbin", "/sys", "/tmp", "/usr", "/var/run",
-		"/opt/cni", "/var/lib/tkenode",
-	}
-)
-
-func (v *validator) disks(disks []node.DiskConfig, alone bool) {
-	for i, d := range disks {
-		at := index("disks", i)
-		v.identity(at, d, alone)
-		if j := slices.IndexFunc(disks, func(o node.DiskConfig) bool { return o.DiskID == d.DiskID }); d.DiskID != "" && j < i {
-			v.problem(at+".diskID", "%s is %s already", quote(d.DiskID), index("disks", j))
-		}
-		switch fs := d.FileSystem; {
-		case fs == node.Ext3 && d.WhenNotBlank != node.MountFound:
-			v.problem(at+".fileSystem", "ext3 is only mounted where it is found, which takes whenNotBlank: mount; to have the disk formatted write ext4 or xfs")
-		case fs != node.Ext3 && fs != node.Ext4 && fs != node.XFS:
-			v.problem(at+".fileSystem", "found %s, expected ext4 or xfs", quote(string(fs)))
-		}
-		if d.WhenNotBlank != node.RefuseFound && d.WhenNotBlank != node.MountFound {
-			v.problem(at+".whenNotBlank", "found %s, expected refuse or mount: what holds data is never formatted", quote(string(d.WhenNotBlank)))
-		}
-		if v.need(at+".mountPoint", d.MountPoint, "write the directory to mount it on, such as /var/lib/containerd") {
-			v.mountPoint(at+".mountPoint", d.MountPoint)
-		}
-	}
-}
-
-func (v *validator) mountPoint(field, dir string) {
-	before := v.places
-	v.places = append(v.places, place{field, dir})
-	switch {
-	case !path.IsAbs(dir):
-		v.problem(field, "found %s, expected an absolute path", quote(dir))
-		return
-	case path.Clean(dir) != dir:
-		v.problem(field, "found %s, did you mean %s?", quote(dir), quote(path.Clean(dir)))
-		return
-	case strings.ContainsFunc(dir, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(`\%"'$`, r) }):
-		v.problem(field, "found %s, expected a path of plain characters", quote(dir))
-		return
-	case slices.Contains(systemDirs, dir) || slices.ContainsFunc(systemTrees, func(t string) bool { return within(dir, t) }):
-		v.problem(field, "found %s, which the system itself uses; mount the disk elsewhere, such as on /var/lib/containerd or /data", quote(dir))
-	}
-	for _, o := range before {
-		if within(dir, o.dir) || within(o.dir, dir) {
-			v.problem(field, "%s and %s's %s are the same, or one is inside of the other; keep them apart", quote(dir), cmp.Or(parent(o.field), o.field), quote(o.dir))
-		}
-	}
-}
-
-func within(dir, tree string) bool { return dir == tree || strings.HasPrefix(dir, tree+"/") }
 
 func (v *validator) kubelet(k *node.KubeletConfig) {
 	v.limit("kubelet.maxPods", k.MaxPods, node.MaxPodsLimit)

@@ -68,7 +68,7 @@ agent started. Nothing is looked at anew: that is what tkenode wake does.`,
 				return err
 			}
 			for _, s := range all {
-				if args[0] != s.DiskID && args[0] != s.Name {
+				if !s.Has(args[0]) && args[0] != s.Name {
 					continue
 				}
 				if asJSON {
@@ -153,7 +153,11 @@ func renderDisks(t *terminal, all []disk.State) {
 		if proof == "" && s.Ledger != nil {
 			proof = "held a file system when it was found"
 		}
-		rows = append(rows, []string{clean(cmp.Or(s.DiskID, s.Name)), cmp.Or(s.BoundBy, "-"), cmp.Or(sizeOf(s), "-"), s.State, clean(s.MountPoint), string(s.FileSystem), cmp.Or(clean(proof), "-")})
+		name := clean(cmp.Or(s.DiskID, s.Name))
+		if n := len(s.Members); n > 1 {
+			name += fmt.Sprintf(" +%d", n-1)
+		}
+		rows = append(rows, []string{name, cmp.Or(s.BoundBy, "-"), cmp.Or(sizeOf(s), "-"), s.State, clean(s.MountPoint), string(s.FileSystem), cmp.Or(clean(proof), "-")})
 	}
 	width := make([]int, len(rows[0]))
 	for _, r := range rows {
@@ -229,7 +233,20 @@ func renderDisk(t *terminal, s disk.State) {
 		}
 	}
 	t.printf("\n")
-	if s.Device != "" {
+	for i, m := range s.Members {
+		where := "is not there"
+		if m.Device != "" {
+			where = fmt.Sprintf("is %s, %s", m.Device, disk.Size(m.SizeBytes))
+		}
+		line(fmt.Sprintf("disk %d", i), m.DiskID+" "+where)
+	}
+	for _, l := range s.Layers {
+		line("layer", l)
+	}
+	switch {
+	case s.Device != "" && len(s.Layers)+len(s.Members) > 0:
+		line("device", s.Device+", "+disk.Size(s.SizeBytes))
+	case s.Device != "":
 		line("device", fmt.Sprintf("%s, %s; its live serial is %s", s.Device, disk.Size(s.SizeBytes), s.DiskID))
 	}
 	line("bound", s.Binding)

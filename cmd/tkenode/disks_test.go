@@ -11,8 +11,8 @@ import (
 	"github.com/tkenode/tkenode/agent/node"
 )
 
-// someDisks are one that is mounted, one that is read, one that is refused, one that
-// is ill and one that is gone.
+// someDisks are one that is mounted, one that is read, one that is absent, an encrypted
+// stripe, one of which a disk is missing, one that is ill and one that is gone.
 func someDisks() []disk.State {
 	return []disk.State{
 		{
@@ -37,6 +37,20 @@ func someDisks() []disk.State {
 		{
 			Now: now, Name: "disk/data", SizeBytes: 0, State: "Absent", MountPoint: "/logs", FileSystem: "ext4", BoundBy: "only disk", Binding: "the only data disk of the instance, not found yet",
 			Message: "no data disk is attached; one is wanted for /logs\x1b[2J",
+		},
+		{
+			Now: now, Name: "disk/disk-stripe00", DiskID: "disk-stripe00", BoundBy: "diskIDs", Binding: "named by disks[].diskIDs", Device: "/dev/dm-0", SizeBytes: 200 << 30, State: disk.Mounted, Since: ago(time.Hour),
+			MountPoint: "/both", FileSystem: "ext4", UUID: "6c1f3ab8-0d0a-8bdc-8a3e-0123456789ab",
+			Members: []disk.Member{{DiskID: "disk-stripe00", Device: "/dev/vdd", SizeBytes: 100 << 30}, {DiskID: "disk-stripe01", Device: "/dev/vde", SizeBytes: 100 << 30}},
+			Layers: []string{
+				"raid0 /dev/md128 of 2 disks, chunks of 512 KiB, clean",
+				"LUKS2 /dev/dm-0 (/dev/mapper/tke-stripe00), uuid 7d2f3ab8-0d0a-8bdc-8a3e-0123456789ab",
+			},
+		},
+		{
+			Now: now, Name: "disk/disk-stripe02", DiskID: "disk-stripe02", BoundBy: "diskIDs", Binding: "named by disks[].diskIDs", State: "Absent", MountPoint: "/logs", FileSystem: "ext4",
+			Members: []disk.Member{{DiskID: "disk-stripe02", Device: "/dev/vdf", SizeBytes: 100 << 30}, {DiskID: "disk-stripe03"}},
+			Message: "the stripe for /logs has 2 disks, and not all are there: disk-stripe03 is not attached; it is never used without one of them",
 		},
 		{
 			Now: now, Name: "disk/disk-ill00000", DiskID: "disk-ill00000", Device: "/dev/vdd", SizeBytes: 1 << 40, State: disk.Mounted, Since: ago(time.Hour),
