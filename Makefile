@@ -37,7 +37,7 @@ test-kernel: setup build ## network namespaces, loop devices, real mkfs, the nod
 
 test-node: setup build ## the shipped image in a virtual machine, with a real control plane
 	@$(LAB) build
-	$(GO) test -tags node -count=1 -p 1 -timeout 60m -run '^TestNode' ./...
+	$(GO) test -tags node -count=1 -p 1 -timeout 80m -run '^TestNode' ./...
 
 check: ## what CI checks before the tests: format, vet, lint, units
 	@packaging/check
@@ -72,7 +72,7 @@ campaign-disk: setup build ## break disks, their content and the agent at random
 	$(GO) test -tags kernel -count=1 -timeout 2h -run '^TestKernelCampaign' -exec '$(SUDO)' ./agent/disk/ \
 		-campaign $(CURDIR)/out/campaign-disk.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
 	@$(LAB) build
-	$(GO) test -tags node -count=1 -timeout 1h -run '^TestCampaignDisks$$' ./lab/ \
+	$(GO) test -tags node -count=1 -timeout 2h -run '^Test(Campaign|NodeDisk)' ./lab/ -whole \
 		-campaign $(CURDIR)/out/campaign-disk.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
 
 sweep-disk: ## make every read of 34 kinds of disks fail, for us and for mount-utils, and count who would format them; at most 10 min

@@ -36,10 +36,7 @@ func TestNodeDiskLoss(t *testing.T) {
 	}
 	disks := fmt.Sprintf("disks:\n  - {diskID: %s, fileSystem: ext4, mountPoint: %s}\n  - {diskID: %s, fileSystem: ext4, mountPoint: /data}\n",
 		runtimeDisk.Disk, node.ContainerdRoot, dataDisk.Disk)
-	c, err := l.Launch(t.Context(), LaunchSpec{UserData: userData(t, l, labDisks, disks)})
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := launchWith(t, l, disks)
 	n := &losses{l, t, c}
 	n.plug(runtimeDisk)
 	n.plug(dataDisk)

@@ -44,9 +44,11 @@ func TestNodeDiskGrow(t *testing.T) {
 	t.Logf("at first:\n%s", l.mustRun(t, c, "tkenode disks; cat /sys/block/vd*/queue/discard_max_bytes"))
 
 	t.Run("mounted", func(t *testing.T) { testGrowMounted(t, l, c) })
-	t.Run("killed", func(t *testing.T) { testGrowKilled(t, l, c) })
 	t.Run("others", func(t *testing.T) { testOthers(t, l, c) })
-	t.Run("encrypted", func(t *testing.T) { testGrowEncrypted(t, l, c) })
+	if *whole {
+		t.Run("killed", func(t *testing.T) { testGrowKilled(t, l, c) })
+		t.Run("encrypted", func(t *testing.T) { testGrowEncrypted(t, l, c) })
+	}
 	t.Run("off", func(t *testing.T) {
 		if err := l.PowerOff(within(t, 3*time.Minute), c); err != nil {
 			t.Fatal(err)

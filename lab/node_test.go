@@ -5,6 +5,7 @@ package lab
 import (
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -18,6 +19,10 @@ import (
 	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/images"
 )
+
+// whole is set by make campaign-disk: the tests of disks run every part. make test runs
+// those that no test without a virtual machine can stand for.
+var whole = flag.Bool("whole", false, "run every part of the tests of disks")
 
 // artifacts returns what `tkelab build` has built; the test builds what is
 // missing, so that it can be run by itself.
@@ -103,6 +108,16 @@ func userData(t *testing.T, l *Lab, part, by string) []byte {
 		t.Fatal(err)
 	}
 	return replace(part, by)(t, l, v)
+}
+
+// launchWith launches a node with other disks in its NodeConfig.
+func launchWith(t *testing.T, l *Lab, disks string) *CVM {
+	t.Helper()
+	c, err := l.Launch(t.Context(), LaunchSpec{UserData: userData(t, l, labDisks, disks)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 // labDisks is what stands of disks in the lab's NodeConfig.
