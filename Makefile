@@ -17,7 +17,7 @@ setup: ## install what the other targets need (Debian packages; asks for root on
 	@packaging/setup
 
 build: ## build the binaries into bin/
-	@packaging/watch 'compile tkelab, tkenode, tke-eni' env CGO_ENABLED=0 $(GO) build -v -trimpath -buildvcs=false -ldflags='-s -w' -o bin/ ./cmd/...
+	@packaging/watch 'compile tkelab, tkenode, tke-disk, tke-eni' env CGO_ENABLED=0 $(GO) build -v -trimpath -buildvcs=false -ldflags='-s -w' -o bin/ ./cmd/...
 
 demo: setup build ## launch a node in the lab and run a pod on it
 	@$(LAB) demo

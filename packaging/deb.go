@@ -21,7 +21,7 @@ import (
 
 // Options say what Deb builds.
 type Options struct {
-	Bin     string    // directory with the binaries tkenode and tke-eni
+	Bin     string    // directory with the binaries tkenode, tke-disk and tke-eni
 	Out     string    // the package to write
 	Version string    // Debian version, such as 0.1.0 or 0.1.0~git20260901
 	Arch    string    // Debian architecture; default that of this machine

@@ -34,8 +34,9 @@ type file struct {
 
 // binaries are where the binaries go, by their name in Options.Bin.
 var binaries = map[string]string{
-	"tkenode": "/usr/bin/tkenode",
-	"tke-eni": "/opt/cni/bin/tke-eni", // where containerd and every other CNI plugin has it
+	"tkenode":  "/usr/bin/tkenode",
+	"tke-disk": "/usr/lib/tkenode/bin/tke-disk",
+	"tke-eni":  "/opt/cni/bin/tke-eni", // where containerd and every other CNI plugin has it
 }
 
 // wants is what starts the units. They are links in the package, not the

@@ -142,6 +142,7 @@ func TestTree(t *testing.T) {
 		"/usr/lib/systemd/system/tkenode-bootstrap.service",
 		"/usr/lib/systemd/system/tkenode-cni.socket",
 		"/usr/lib/sysusers.d/tkenode.conf",
+		"/usr/lib/tkenode/bin/tke-disk",
 		"/usr/lib/udev/rules.d/63-tkenode.rules",
 		"/usr/share/bash-completion/completions/tkenode",
 		"/usr/share/doc/tkenode/copyright",

@@ -53,7 +53,7 @@ type Disk struct {
 	systemd   Systemd       // nil: it knows nothing of the mounts
 	run       string        // directory of notes that end with the boot
 	pods      string        // cgroup of all pods
-	self      string        // this program
+	program   []string      // that helpers are
 	tell      func()
 	poked     chan struct{} // capacity 1: the disk is to be looked at
 	tended    tended
@@ -99,7 +99,7 @@ func New(o Options) *Disk {
 	}
 	d := &Disk{
 		want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", boot: bootID(), ledger: ledger(o.Ledger), log: o.Log,
-		patience: readPatience, systemd: o.Systemd, run: o.Run, pods: podsCgroup, self: "/proc/self/exe", tell: o.Tell, poked: make(chan struct{}, 1),
+		patience: readPatience, systemd: o.Systemd, run: o.Run, pods: podsCgroup, program: helperProgram, tell: o.Tell, poked: make(chan struct{}, 1),
 		serials: map[string]string{}, parts: map[string]*Disk{}, tended: tended{moves: map[string]*progressing{}},
 	}
 	for _, id := range o.Want.DiskIDs {

@@ -23,9 +23,10 @@ import (
 // scope, so that it belongs to nobody who is restarted; while that is there, no agent
 // sends another. Of those that return in time systemd and its journal know nothing.
 
-// HelperCommand is the argument by which this program is such a process. It is not
-// for people.
-const HelperCommand = "disk-helper"
+// helperProgram is that process: a program of its own, since it is started twice a
+// minute for every disk, and the agent's own takes six times as long to start. A
+// variable for tests.
+var helperProgram = []string{"/usr/lib/tkenode/bin/tke-disk"}
 
 // errand is what a helper is sent for.
 type errand struct {
@@ -207,8 +208,8 @@ type helper struct {
 
 // start starts a helper, which waits for its errand. It goes on when the agent ends.
 func (d *Disk) start() (*helper, error) {
-	h := &helper{began: time.Now(), ended: make(chan struct{}), cmd: exec.Command(d.self, HelperCommand)}
-	h.cmd.Args[0], h.cmd.Stderr = "tkenode", os.Stderr // the program's path says nothing in ps
+	h := &helper{began: time.Now(), ended: make(chan struct{}), cmd: exec.Command(d.program[0], d.program[1:]...)}
+	h.cmd.Stderr = os.Stderr
 	var err error
 	if h.errand, err = h.cmd.StdinPipe(); err != nil {
 		return nil, err
@@ -245,7 +246,7 @@ func (d *Disk) banish(ctx context.Context, h *helper) {
 
 // scope is the name of the unit for a helper of this disk.
 func (d *Disk) scope() string {
-	return "tkenode-" + HelperCommand + "-" + systemd.UnitNamePathEscape(d.want.MountPoint) + ".scope"
+	return "tkenode-disk-helper-" + systemd.UnitNamePathEscape(d.want.MountPoint) + ".scope"
 }
 
 // send sends a helper out and returns what it has found. It is waited for until

@@ -21,7 +21,8 @@ import (
 
 // The helper of a test is the test's own program.
 func init() {
-	if len(os.Args) == 2 && os.Args[1] == HelperCommand {
+	helperProgram = []string{"/proc/self/exe", "disk-helper"}
+	if len(os.Args) == 2 && os.Args[1] == helperProgram[1] {
 		if err := Help(os.Stdin, os.Stdout); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
@@ -261,7 +262,7 @@ func TestKernelHelperHangs(t *testing.T) {
 	if err := os.WriteFile(script, []byte(text), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	b.self = script
+	b.program = []string{script}
 	found, err := b.send(t.Context(), errand{Act: "probe"}, 2*time.Second)
 	var hangs errHangs
 	if !errors.As(err, &hangs) || hangs.step != stepRead || len(found) != 1 || found[0].Value != serial {
@@ -287,7 +288,7 @@ func TestKernelHelperHangs(t *testing.T) {
 		}
 	}
 	close(b.helper.ended)
-	b.self = "/proc/self/exe"
+	b.program = helperProgram
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if found, err := b.send(ctx, errand{Act: "unmount", Target: b.want.MountPoint, Dev: "1:1"}, time.Minute); err != nil || len(found) != 1 {

@@ -11,24 +11,14 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
-
-	"github.com/tkenode/tkenode/agent/disk"
 )
 
 //go:generate go test -run ^TestGenerated$ . -update
 
 func main() {
-	if len(os.Args) == 2 && os.Args[1] == disk.HelperCommand {
-		if err := disk.Help(os.Stdin, os.Stdout); err != nil {
-			fmt.Fprintf(os.Stderr, "tkenode: %v\n", err)
-			os.Exit(exitError)
-		}
-		return
-	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := run(ctx, newTerminal(os.Stdout), newTerminal(os.Stderr), os.Args[1:])
 	stop()
