@@ -177,5 +177,10 @@ func (d *Disk) growNow(ctx context.Context, g *growing, pin *os.File) error {
 	if err == nil && dev.SizeBytes-size >= blockGroup {
 		err = g.terminal("look at `dmesg`", fmt.Errorf("%s says that all is well, and it has %s", args[0], Size(size)))
 	}
+	if err == nil && g.m.FSType == string(node.XFS) {
+		// A program of an agent that was killed may have been faster, and ours then asked
+		// for nothing: the size is the right one, and nobody writes the copies.
+		err = writeCopies(target)
+	}
 	return err
 }
