@@ -52,8 +52,8 @@ func (d *Disk) keyState(id string) keyState {
 	return k
 }
 
-// key returns the key of the disk with an id; of a stripe's first. Where it is derived from the instance, its random
-// part is made if there is none yet and it may be.
+// key returns the key of a disk, of a stripe that of its first one. Where it is derived
+// from the instance, its random part is made if there is none yet and it may be.
 func (d *Disk) key(id string, make bool) (node.Secret, error) {
 	e := d.want.Encryption
 	if e.KeyFrom != node.KeyFromInstance {
@@ -81,7 +81,8 @@ func (d *Disk) key(id string, make bool) (node.Secret, error) {
 
 // readKey reads a key that nobody but root can have read or changed.
 func readKey(path string) (node.Secret, error) {
-	f, err := os.Open(path)
+	// Of what is no file it is not waited until somebody writes to it.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return node.Secret{}, fmt.Errorf("read the key: %w", err)
 	}
