@@ -268,7 +268,7 @@ func (d *Disk) send(ctx context.Context, e errand, deadline time.Duration) (foun
 	}
 	h, err := d.start()
 	if err != nil {
-		return nil, fmt.Errorf("start helper: %w", err)
+		return nil, fmt.Errorf("start helper: %w; if it is not there, install the package tkenode anew", err)
 	}
 	d.helper = h
 	defer h.answers.Close()
