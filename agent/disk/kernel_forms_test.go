@@ -227,6 +227,7 @@ func TestKernelAttachAndDetach(t *testing.T) {
 	if err != nil || p.String() != "attach "+id+" to "+l.instance.ID+" for "+b.want.MountPoint+"\n" {
 		t.Fatalf("first plan: %v%v", p, err)
 	}
+	b.patience = 0
 	if err := b.until(t, "Attaching"); node.ReasonOf(err, "") != "Proving" { // it did not come with the instance
 		t.Fatal(err)
 	}

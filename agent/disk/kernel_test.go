@@ -13,7 +13,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,6 +23,25 @@ import (
 
 	"github.com/tkenode/tkenode/agent/node"
 )
+
+// TestMain runs the tests in a mount namespace of their own. A copy of this machine's,
+// which another program makes while a disk is mounted, would keep its file system
+// alive, and the disk claimed, after every umount(2) here.
+func TestMain(m *testing.M) {
+	const own = "TKENODE_DISK_OWN_MOUNTS"
+	if os.Getenv(own) != "" {
+		os.Exit(m.Run())
+	}
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), own+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread() // the child dies with the thread that started it
+	if err := cmd.Run(); err != nil && cmd.ProcessState == nil {
+		fmt.Fprintln(os.Stderr, "run the tests in a mount namespace of their own:", err)
+	}
+	os.Exit(cmd.ProcessState.ExitCode()) // -1 where it never ran
+}
 
 // bench is a loop device with a serial: sysfs for it is a tree of links to the
 // real one, since only virtio and NVMe disks have serials.
