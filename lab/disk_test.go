@@ -48,6 +48,7 @@ func TestNodeDiskLoss(t *testing.T) {
 	t.Run("mount units", func(t *testing.T) { mountUnits(t, l, c, "data.mount") })
 	t.Run("read-only", n.readOnly)
 	t.Run("hangs", n.hang)
+	t.Run("hangs before it is mounted", n.hangUnmounted)
 	t.Run("ext4 error", n.ext4Error)
 	t.Run("data disk torn out", n.loseData)
 	t.Run("runtime disk torn out", n.loseRuntime)
@@ -171,23 +172,21 @@ func (n *losses) readOnly(t *testing.T) {
 	converged(t, n.Lab, n.c)
 }
 
-// hang: a disk that does not answer is told of, and keeps nobody from restarting the
-// agent.
-func (n *losses) hang(t *testing.T) {
+// throttle makes the disk of /data stop, or go on, to answer.
+func (n *losses) throttle(t *testing.T, hang bool) {
+	t.Helper()
 	m, err := n.host.machine(n.c.ID)
+	if err == nil {
+		err = m.HangDisk(within(t, time.Minute), dataDisk.Disk, hang)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	throttle := func(hang bool) {
-		if err := m.HangDisk(within(t, time.Minute), dataDisk.Disk, hang); err != nil {
-			t.Fatal(err)
-		}
-	}
-	throttle(true)
-	n.condition(t, node.IOError, node.True, "DiskHung")
-	n.expect(t, "tkenode disks", "does not answer")
-	scope := "systemctl list-units --no-legend --plain 'tkenode-disk-helper-data.scope'"
-	n.expect(t, scope, "running")
+}
+
+// restart restarts the agent, and fails unless the old one ends by itself.
+func (n *losses) restart(t *testing.T) {
+	t.Helper()
 	before := n.sh(t, "systemctl show -P MainPID tkenode-agent")
 	began := time.Now()
 	n.sh(t, "systemctl restart tkenode-agent")
@@ -200,10 +199,43 @@ func (n *losses) hang(t *testing.T) {
 		t.Errorf("the agent did not end by itself: %s", out)
 	}
 	t.Logf("restarted in %s beside a disk that hangs", took.Round(100*time.Millisecond))
+}
+
+// hang: a disk that does not answer is told of, and keeps nobody from restarting the
+// agent.
+func (n *losses) hang(t *testing.T) {
+	n.throttle(t, true)
+	n.condition(t, node.IOError, node.True, "DiskHung")
+	n.expect(t, "tkenode disks", "does not answer")
+	scope := "systemctl list-units --no-legend --plain 'tkenode-disk-helper-data.scope'"
+	n.expect(t, scope, "running")
+	n.restart(t)
 	n.sh(t, "for i in $(seq 90); do tkenode disks 2>/dev/null | grep -q 'does not answer' && exit; sleep 1; done; tkenode disks; exit 1")
-	throttle(false)
+	n.throttle(t, false)
 	n.condition(t, node.IOError, node.False, "DiskAnswers")
 	converged(t, n.Lab, n.c)
+	if out := n.sh(t, scope); out != "" {
+		t.Errorf("left: %s", out)
+	}
+}
+
+// hangUnmounted: the same of a disk that is only to be mounted.
+func (n *losses) hangUnmounted(t *testing.T) {
+	n.sh(t, "systemctl stop tkenode-cni.socket tkenode-agent; umount /data")
+	n.throttle(t, true)
+	n.sh(t, "systemctl start tkenode-agent")
+	says := func(what string) {
+		t.Helper()
+		n.sh(t, "for i in $(seq 90); do tkenode disks 2>/dev/null | grep -q '"+what+"' && exit; sleep 1; done; tkenode disks; exit 1")
+	}
+	says("does not answer: the read of what it holds does not return")
+	scope := "systemctl list-units --no-legend --plain 'tkenode-disk-helper-data-reads-*.scope'"
+	n.expect(t, scope, "running")
+	n.restart(t)
+	says("has not told its serial, as a disk does not that hangs")
+	n.throttle(t, false)
+	converged(t, n.Lab, n.c)
+	n.expect(t, "findmnt -no SOURCE,TARGET /data", "/data")
 	if out := n.sh(t, scope); out != "" {
 		t.Errorf("left: %s", out)
 	}

@@ -50,6 +50,7 @@ type Disk struct {
 	log       *slog.Logger
 	account   account
 	patience  time.Duration // readPatience, but in tests
+	quiet     time.Duration // probeDeadline, but in tests
 	systemd   Systemd       // nil: it knows nothing of the mounts
 	run       string        // directory of notes that end with the boot
 	pods      string        // cgroup of all pods
@@ -58,8 +59,8 @@ type Disk struct {
 	poked     chan struct{} // capacity 1: the disk is to be looked at
 	tended    tended
 
-	helping sync.Mutex // held while a helper is waited for; guards helper
-	helper  *helper    // nil: none is out
+	probes errands // looks at the mount, and its end
+	reads  errands // of what a disk holds that nobody has mounted, and the mount
 
 	// mu is held while the disk is looked at or changed: a look at a disk that is
 	// just being formatted would find something foreign on it. It guards the rest.
@@ -99,9 +100,11 @@ func New(o Options) *Disk {
 	}
 	d := &Disk{
 		want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", boot: bootID(), ledger: ledger(o.Ledger), log: o.Log,
-		patience: readPatience, systemd: o.Systemd, run: o.Run, pods: podsCgroup, program: helperProgram, tell: o.Tell, poked: make(chan struct{}, 1),
+		patience: readPatience, quiet: probeDeadline, systemd: o.Systemd, run: o.Run, pods: podsCgroup, program: helperProgram, tell: o.Tell, poked: make(chan struct{}, 1),
 		serials: map[string]string{}, parts: map[string]*Disk{}, tended: tended{moves: map[string]*progressing{}},
 	}
+	d.probes = errands{disk: d, scope: scopeName(o.Want, false)}
+	d.reads = errands{disk: d, scope: scopeName(o.Want, true)}
 	for _, id := range o.Want.DiskIDs {
 		part := o
 		part.Want = node.DiskConfig{DiskID: id, MountPoint: o.Want.MountPoint}
@@ -235,6 +238,6 @@ func (d *Disk) do(ctx context.Context, s step) error {
 		return d.grow(ctx, dev, m, have.FSBytes)
 	default:
 		defer d.account.begin("mount")()
-		return d.mount(dev, have.Content.Signatures[0])
+		return d.mount(ctx, dev, have.Content.Signatures[0])
 	}
 }

@@ -45,7 +45,7 @@ func (f *faulty) ReadAt(b []byte, at int64) (int, error) {
 // permitted reads a disk as it is read before it is formatted without the cloud's
 // word: the plan's look, then the ends, superblocks and sample, then all of it.
 func permitted(r io.ReaderAt, size int64) bool {
-	return glance(r, size).Blank && inspect(r, size).Blank && readAll(r, size, new(atomic.Int64)).Blank
+	return glance(r, size).Blank && inspect(r, size).Blank && readAll(r, size).Blank
 }
 
 // sweepFaults makes reads of the disk fail, one at a time and in every way, and

@@ -47,7 +47,7 @@ func (d *Disk) format(ctx context.Context, at place, have observed) error {
 	defer p.close()
 	for _, c := range p.claims {
 		if c.order != nil {
-			if err := p.wipe(c); err != nil {
+			if err := p.wipe(ctx, d, c); err != nil {
 				return fmt.Errorf("erase what %s holds: %w", c.dev, err)
 			}
 		}
@@ -77,9 +77,12 @@ func (d *Disk) format(ctx context.Context, at place, have observed) error {
 	if err != nil {
 		return fmt.Errorf("read back %s: %w", p.dev, err)
 	}
-	c := glance(reader{ctx, exclusive}, p.dev.SizeBytes)
-	if err := exclusive.Close(); err != nil {
+	c, err := d.read(ctx, exclusive, p.dev, errand{Act: toReadBack}, d.quiet, nil)
+	if err := errors.Join(err, exclusive.Close()); err != nil {
 		return fmt.Errorf("read back %s: %w", p.dev, err)
+	}
+	if c.Hung {
+		return c.waiting()
 	}
 	if c.UUID != p.made.UUID || c.Label != label(p.dev.Serial) || !slices.Equal(c.Signatures, []string{string(d.want.FileSystem)}) {
 		return fmt.Errorf("read back %s: it holds %s, not the %s with uuid %s just made", p.dev, c, d.want.FileSystem, p.made.UUID)
@@ -244,30 +247,28 @@ func (p *permit) mkfs(ctx context.Context, fs node.FileSystem) error {
 	default:
 		return fmt.Errorf("unknown file system %q", fs)
 	}
-	if _, err := program(ctx, invocation{args: args, files: []*os.File{p.top}}); err != nil {
-		return err
-	}
-	return p.top.Sync()
+	_, err := program(ctx, invocation{args: args, files: []*os.File{p.top}})
+	return err
 }
 
-// wipe writes zeros to every place of a disk at which a format is recognised, so that
-// what it held is not found beside what is made.
-func (p *permit) wipe(c *claim) error {
+// wipe has zeros written to every place of a disk at which a format is recognised, so
+// that what it held is not found beside what is made.
+func (p *permit) wipe(ctx context.Context, d *Disk, c *claim) error {
 	f, err := reopen(c.disk, unix.O_WRONLY)
 	if err != nil {
 		return err
 	}
-	zero := aligned(piece)
-	for _, w := range append([]span{{0, min(front, c.dev.SizeBytes)}}, windows(c.dev.SizeBytes)...) {
-		for at := w.from; at < w.to && err == nil; at += piece {
-			_, err = f.WriteAt(zero[:min(piece, w.to-at)], at)
-		}
+	done, err := d.read(ctx, f, c.dev, errand{Act: toWipe, Partitioned: len(c.dev.Partitions) > 0}, d.quiet, nil)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return err
 	}
-	err = errors.Join(err, f.Sync())
-	if err == nil && len(c.dev.Partitions) > 0 {
-		err = unix.IoctlSetInt(int(f.Fd()), unix.BLKRRPART, 0)
+	if done.Hung {
+		return done.waiting()
 	}
-	return errors.Join(err, f.Close())
+	if done.Unreadable != "" {
+		return errors.New(done.Unreadable)
+	}
+	return nil
 }
 
 // newUUID returns a UUID that is random but for its last six bytes, which name the

@@ -49,9 +49,8 @@ func inspect(r io.ReaderAt, size int64) content {
 	return first(results, 2)
 }
 
-// readAll reads every block of a disk, up to one that is not blank, and counts the
-// bytes.
-func readAll(r io.ReaderAt, size int64, read *atomic.Int64) content {
+// readAll reads every block of a disk, up to one that is not blank.
+func readAll(r io.ReaderAt, size int64) content {
 	var next atomic.Int64
 	results := make(chan content, fullReaders)
 	for range fullReaders {
@@ -64,7 +63,6 @@ func readAll(r io.ReaderAt, size int64, read *atomic.Int64) content {
 					results <- c
 					return
 				}
-				read.Add(int64(len(b)))
 			}
 			results <- content{Blank: true}
 		}()

@@ -56,7 +56,7 @@ func judged(r io.ReaderAt, size int64) content {
 		c = inspect(r, size)
 	}
 	if c.Blank && size <= small {
-		c = readAll(r, size, new(atomic.Int64))
+		c = readAll(r, size)
 	}
 	return c
 }

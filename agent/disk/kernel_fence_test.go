@@ -3,9 +3,12 @@
 package disk
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,7 +26,17 @@ import (
 func init() {
 	helperProgram = []string{"/proc/self/exe", "disk-helper"}
 	if len(os.Args) == 2 && os.Args[1] == helperProgram[1] {
-		if err := Help(os.Stdin, os.Stdout); err != nil {
+		var in, out = io.Reader(os.Stdin), io.Writer(os.Stdout)
+		if gate := os.Getenv("TKENODE_DISK_MOUNT_GATE"); gate != "" { // a mount waits here
+			line, _ := bufio.NewReader(in).ReadBytes('\n')
+			if bytes.Contains(line, []byte(`"act":"mount"`)) {
+				fmt.Println(`{"step":"mount"}`)
+				_, _ = os.ReadFile(gate)
+				out = io.Discard // nobody listens any more
+			}
+			in = io.MultiReader(bytes.NewReader(line), os.Stdin)
+		}
+		if err := Help(in, out); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -263,37 +276,120 @@ func TestKernelHelperHangs(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.program = []string{script}
-	found, err := b.send(t.Context(), errand{Act: "probe"}, 2*time.Second)
+	found, err := b.probes.send(t.Context(), errand{Act: toProbe}, 2*time.Second, nil)
 	var hangs errHangs
 	if !errors.As(err, &hangs) || hangs.step != stepRead || len(found) != 1 || found[0].Value != serial {
 		t.Errorf("found %+v, %v", found, err)
 	}
-	if b.helper != nil {
+	if b.probes.out != nil {
 		t.Error("a helper that was killed is still held to be out")
 	}
 	// One that cannot be killed keeps the next from being sent.
-	b.helper = &helper{step: stepRead, began: time.Now().Add(-time.Hour), ended: make(chan struct{})}
-	if _, err := b.send(t.Context(), errand{Act: "probe"}, time.Second); !errors.Is(err, errOut) {
+	b.probes.out = &helper{step: stepRead, began: time.Now().Add(-time.Hour), ended: make(chan struct{})}
+	if _, err := b.probes.send(t.Context(), errand{Act: toProbe}, time.Second, nil); !errors.Is(err, errOut) {
 		t.Errorf("a second helper: %v", err)
 	}
 	// A disk that is only slow is not said to hang.
+	b.program = helperProgram
 	b.converge(t)
 	for out, want := range map[time.Duration]node.Status{time.Hour: node.True, 5 * time.Second: node.False} {
 		mounted := &probeResult{Serial: serial}
 		b.tended.found(mounted)
-		b.helper.began = time.Now().Add(-out)
+		b.probes.out.began = time.Now().Add(-out)
 		b.probeNow(t)
 		if c := b.Standing().Health.of(node.IOError); c.Status != want {
 			t.Errorf("a helper has been out for %s: %+v", out, c)
 		}
 	}
-	close(b.helper.ended)
-	b.program = helperProgram
+	close(b.probes.out.ended)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	if found, err := b.send(ctx, errand{Act: "unmount", Target: b.want.MountPoint, Dev: "1:1"}, time.Minute); err != nil || len(found) != 1 {
+	if found, err := b.probes.send(ctx, errand{Act: toUnmount, Target: b.want.MountPoint, Dev: "1:1"}, time.Minute, nil); err != nil || len(found) != 1 {
 		t.Errorf("after it has ended: %+v, %v", found, err)
 	}
+}
+
+// TestKernelReadHangs: a disk that nobody has mounted, and of which no read returns, holds
+// up nobody: it is said to hang, no second helper is sent, and it is formatted once it
+// answers.
+func TestKernelReadHangs(t *testing.T) {
+	b := newBench(t, node.Ext4, nil)
+	hangs := filepath.Join(t.TempDir(), "helper")
+	must(t, os.WriteFile(hangs, []byte("#!/bin/sh\necho '{\"step\":\""+stepContent+"\"}'\nexec sleep 1000\n"), 0o700))
+	b.program, b.quiet = []string{hangs}, 300*time.Millisecond
+	began := time.Now()
+	_, err := b.Plan(t.Context())
+	if took := time.Since(began); node.ReasonOf(err, "") != Hung || took > 10*time.Second {
+		t.Fatalf("after %s: %v", took, err)
+	}
+	if st := b.State(); st.State != Hung || !strings.Contains(st.Message, "does not answer: the read of what it holds does not return") {
+		t.Errorf("%s: %s", st.State, st.Message)
+	}
+	// One that cannot be killed keeps the next from being sent.
+	out := &helper{ended: make(chan struct{})}
+	b.reads.out, b.program = out, helperProgram
+	if _, err := b.Plan(t.Context()); node.ReasonOf(err, "") != Hung {
+		t.Errorf("beside a helper that is out: %v", err)
+	}
+	close(out.ended)
+	b.quiet = probeDeadline
+	p, err := b.plan(t)
+	must(t, err)
+	// It hangs while it is sampled, and nobody holds it afterwards.
+	b.program, b.quiet = []string{hangs}, 300*time.Millisecond
+	if err := b.Apply(t.Context(), p); node.ReasonOf(err, "") != Hung {
+		t.Errorf("while it is sampled: %v", err)
+	}
+	b.program, b.quiet = helperProgram, probeDeadline
+	b.converge(t)
+}
+
+// TestKernelAnswerCutOff: what a helper that has died had not said yet is no proof.
+func TestKernelAnswerCutOff(t *testing.T) {
+	b := newBench(t, node.Ext4, nil)
+	dies := filepath.Join(t.TempDir(), "helper")
+	for _, said := range []string{"", `{"step":"x","ended":true}`, `{"step":"x","read":5}`, `{"step":"x","ended":true,"content":{"blank":tr`, `{"step":"x","ended":true,"content":{}}`} {
+		must(t, os.WriteFile(dies, []byte("#!/bin/sh\nread errand\necho '"+said+"'\n"), 0o700))
+		b.program = []string{dies}
+		if p, err := b.plan(t); err == nil {
+			t.Errorf("%q: planned %s", said, p)
+		}
+		b.program = helperProgram
+		p, err := b.plan(t)
+		must(t, err)
+		b.program = []string{dies}
+		if err := b.Apply(t.Context(), p); err == nil || b.isMounted(t) {
+			t.Errorf("%q: formatted", said)
+		}
+	}
+	if all, err := b.ledger.read(); err != nil || len(all) != 0 {
+		t.Errorf("ledger %+v, %v", all, err)
+	}
+}
+
+// TestKernelMountHangs: a mount that takes long is waited for, and not sent once more.
+func TestKernelMountHangs(t *testing.T) {
+	b := newMounted(t, node.XFS)
+	must(t, unix.Unmount(b.want.MountPoint, 0))
+	p, err := b.plan(t)
+	must(t, err)
+	gate := filepath.Join(t.TempDir(), "gate")
+	must(t, unix.Mkfifo(gate, 0o600))
+	t.Setenv("TKENODE_DISK_MOUNT_GATE", gate)
+	b.quiet = time.Second
+	if err := b.Apply(t.Context(), p); node.ReasonOf(err, "") != Hung || !strings.Contains(err.Error(), "journal") {
+		t.Fatalf("while it is mounted: %v", err)
+	}
+	if _, err := b.plan(t); node.ReasonOf(err, "") != Hung {
+		t.Errorf("meanwhile: %v", err)
+	}
+	must(t, os.WriteFile(gate, []byte("go\n"), 0))
+	<-b.reads.out.ended
+	if !b.isMounted(t) {
+		t.Error("it is not mounted")
+	}
+	b.quiet = probeDeadline
+	b.converge(t)
 }
 
 func exitCode(t *testing.T, name string, args ...string) int {

@@ -84,7 +84,7 @@ func (d *Disk) contents(ctx context.Context, at place, look bool, have *observed
 		have.Members, have.Decisions = map[string]content{}, map[string]*decision{}
 		for _, dev := range at.disks {
 			part := d.parts[dev.Serial]
-			part.sys, part.patience = d.sys, d.patience
+			part.sys, part.patience, part.quiet = d.sys, d.patience, d.quiet
 			if at.next() == array {
 				have.Decisions[dev.Serial] = d.ledger.decision(dev.Serial)
 			} else {
@@ -171,29 +171,15 @@ func (d *Disk) look(ctx context.Context, dev device) (content, error) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
 		return content{Busy: true}, nil
 	}
-	c := glance(reader{ctx, f}, dev.SizeBytes)
-	if c.Blank && d.suspect.dev.is(dev) {
-		// To read all of it once more for what is known would take as long again.
-		at := d.suspect.at - d.suspect.at%blockSize
-		c = probe(reader{ctx, f}, aligned(blockSize)[:min(blockSize, dev.SizeBytes-at)], at)
+	e := errand{Act: toGlance}
+	if d.suspect.dev.is(dev) {
+		e.Suspect = d.suspect.at
 	}
-	if err := ctx.Err(); err != nil {
-		return content{}, fmt.Errorf("read %s: %w", dev, err)
+	c, err := d.read(ctx, f, dev, e, d.quiet, nil)
+	if err != nil || c.Hung {
+		return c, err
 	}
 	return c, d.same(dev)
-}
-
-// reader stops reading when ctx ends.
-type reader struct {
-	ctx context.Context
-	io.ReaderAt
-}
-
-func (r reader) ReadAt(b []byte, at int64) (int, error) {
-	if err := r.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return r.ReaderAt.ReadAt(b, at)
 }
 
 // open opens the device node of dev and makes sure that it is dev. While it is
@@ -237,7 +223,7 @@ func (d *Disk) same(dev device) error {
 
 // mount mounts dev, which observe has just found to hold the file system, and
 // checks that it is dev which got mounted.
-func (d *Disk) mount(dev device, fs string) error {
+func (d *Disk) mount(ctx context.Context, dev device, fs string) error {
 	pin, err := d.open(dev, unix.O_RDONLY)
 	if err != nil {
 		return err
@@ -261,7 +247,7 @@ func (d *Disk) mount(dev device, fs string) error {
 	if err := d.publishUnit(dev, fs, source); err != nil {
 		return err
 	}
-	if err := unix.Mount(source, target, fs, unix.MS_NOATIME, options); err != nil {
+	if err := d.mountNow(ctx, errand{Act: toMount, Name: dev.Name, Target: target, FSType: fs, Options: options}); err != nil {
 		return unmountable(fmt.Errorf("mount %s (%s) on %s: %w", dev, fs, target, err))
 	}
 	all, err := mounts()
@@ -273,11 +259,30 @@ func (d *Disk) mount(dev device, fs string) error {
 		}
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("verify mount of %s on %s: %w", dev, target, err), unix.Unmount(target, 0))
+		err = fmt.Errorf("verify mount of %s on %s: %w", dev, target, err)
+		return errors.Join(err, d.unmount(ctx, noteOf(dev)))
 	}
 	d.tended.mounted(dev.ids())
 	defer d.poke()
 	return d.setNote(noteOf(dev))
+}
+
+// mountNow has a helper mount.
+func (d *Disk) mountNow(ctx context.Context, e errand) error {
+	found, err := d.reads.send(ctx, e, d.quiet, nil)
+	switch hangs := new(errHangs); {
+	case errors.As(err, hangs), errors.Is(err, errOut):
+		return node.Waiting(Hung, "%w: the journal of a large file system takes its time, and a disk that does not answer for ever; see `dmesg`, and look at the disk in the console", err)
+	case err != nil:
+		return err
+	case len(found) != 1:
+		return io.ErrUnexpectedEOF
+	case found[0].Errno != 0:
+		return unix.Errno(found[0].Errno)
+	case found[0].Error != "":
+		return errors.New(found[0].Error)
+	}
+	return nil
 }
 
 // unmountable says what to do about a file system that the kernel does not mount. Only

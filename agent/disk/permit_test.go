@@ -86,7 +86,7 @@ func TestOneWayToFormat(t *testing.T) {
 	if l.files < 20 || l.permits != 1 || l.sites["mkfs"] != 1 || l.sites["makeArray"] != 1 || l.sites["makeCrypt"] != 1 {
 		t.Errorf("%d files hold %d permits and calls of %v; want one of each that writes", l.files, l.permits, l.sites)
 	}
-	if len(l.said) != 2 || l.said["--create"] != 1 || l.said["luksFormat"] != 1 {
+	if len(l.said) != 3 || l.said["wipe"] != 1 || l.said["--create"] != 1 || l.said["luksFormat"] != 1 {
 		t.Errorf("programs are told to overwrite disks by %v; want each once", l.said)
 	}
 }
@@ -111,6 +111,13 @@ func (l *law) look(set *token.FileSet, file string, fn *ast.FuncDecl, decl ast.D
 				if l.said[text]++; writes[name] != text {
 					l.Errorf("%s: %s has a program overwrite a disk", set.Position(n.Pos()), n.Value)
 				}
+			}
+		case *ast.Ident:
+			if here && n.Name == "toWipe" && name != "wipe" && file != filepath.Join("agent", "disk", "errand_linux.go") {
+				l.Errorf("%s: has a disk wiped", set.Position(n.Pos()))
+			}
+			if n.Name == "toWipe" && name == "wipe" {
+				l.said["wipe"]++
 			}
 		case *ast.SelectorExpr:
 			if slices.Contains(forbidden, n.Sel.Name) {

@@ -107,7 +107,7 @@ func bind(want node.DiskConfig, have observed) (device, error) {
 	case 0:
 		text := id + " is not attached"
 		if len(mute) > 0 {
-			text += fmt.Sprintf(" (%s has not told its serial)", strings.Join(mute, ", "))
+			text += fmt.Sprintf(", or it is %s, which has not told its serial, as a disk does not that hangs", strings.Join(mute, " or "))
 		}
 		return device{}, node.Waiting(absent, "%s", text)
 	default:

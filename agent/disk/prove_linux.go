@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -24,6 +25,7 @@ const (
 	// read beside everything else.
 	readPatience = 3 * time.Second
 	dropPatience = 2 * time.Second // for a read under way when it is given up
+	never        = math.MaxInt64   // nanoseconds
 )
 
 // claim is a disk that is held while it is proven blank.
@@ -34,25 +36,6 @@ type claim struct {
 	writes    string    // how often it had been written to when it was claimed
 	own       span      // of an attempt that was cut off: it is ours, and counts as blank
 	order     *decision // by which whatever it holds is erased; nil: it is blank
-}
-
-// reader reads a claimed disk.
-func (c *claim) reader(ctx context.Context) io.ReaderAt {
-	return masked{reader{ctx, c.exclusive}, c.own}
-}
-
-// masked reads a span of a disk as zero.
-type masked struct {
-	io.ReaderAt
-	own span
-}
-
-func (m masked) ReadAt(b []byte, at int64) (int, error) {
-	n, err := m.ReaderAt.ReadAt(b, at)
-	if from, to := max(m.own.from, at), min(m.own.to, at+int64(n)); from < to {
-		clear(b[from-at : to-at])
-	}
-	return n, err
 }
 
 // held is a disk of a stripe that has been proven while others are still read.
@@ -238,6 +221,7 @@ type proof struct {
 	read   atomic.Int64
 	done   chan struct{} // closed when found is there
 	found  content
+	err    error       // why nothing is known of what it holds
 	moves  progressing // guarded by moving
 	moving sync.Mutex
 }
@@ -261,9 +245,13 @@ func (d *Disk) blank(ctx context.Context, dev device, past entry, own span) (*cl
 		origin <- evidence
 	}()
 	done := d.account.begin("sample")
-	found := inspect(c.reader(ctx), dev.SizeBytes)
+	found, err := d.inspect(ctx, c)
 	done()
 	evidence := <-origin
+	if err != nil {
+		c.close()
+		return nil, "", err
+	}
 	d.account.evidence(append([]Evidence{
 		{"/sys/block/" + dev.Name, fmt.Sprintf("its live serial is %s; nobody has it mounted, stacked, claimed or locked", dev.Serial), true},
 		{"the disk itself", fmt.Sprintf("%s: %s", sampleText, found), found.Blank},
@@ -291,13 +279,33 @@ func (d *Disk) ordered(ctx context.Context, dev device, order *decision) (*claim
 	}
 	proof := order.String()
 	d.account.evidence([]Evidence{{"ledger of disks", proof, true}})
-	if err := readable(reader{ctx, c.exclusive}, dev.SizeBytes); err != nil {
+	switch ends, err := d.read(ctx, c.exclusive, dev, errand{Act: toReadEnds}, d.quiet, nil); {
+	case err != nil:
 		c.close()
-		return nil, "", node.Terminal("Unreadable", "detach it: a file system on it would not last", fmt.Errorf("read the ends of %s: %w", dev, err))
+		return nil, "", err
+	case ends.Hung:
+		c.close()
+		return nil, "", ends.waiting()
+	case ends.Unreadable != "":
+		c.close()
+		return nil, "", node.Terminal("Unreadable", "detach it: a file system on it would not last", fmt.Errorf("read the ends of %s: %s", dev, ends.Unreadable))
 	}
 	c.order = order
 	return c, proof, nil
 }
+
+// inspect reads the ends, the places of superblocks and a sample of a claimed disk.
+// While that hangs it returns an error of class waiting.
+func (d *Disk) inspect(ctx context.Context, c *claim) (content, error) {
+	found, err := d.read(ctx, c.exclusive, c.dev, c.own.of(toInspect), d.quiet, nil)
+	if err == nil && found.Hung {
+		err = found.waiting()
+	}
+	return found, err
+}
+
+// of is the errand to read a disk of which the span counts as blank.
+func (s span) of(act string) errand { return errand{Act: act, OwnFrom: s.from, OwnTo: s.to} }
 
 // begin begins to read every block of a claimed disk.
 func (d *Disk) begin(c *claim, past entry, why string) {
@@ -308,7 +316,7 @@ func (d *Disk) begin(c *claim, past entry, why string) {
 	ended := d.account.begin("read")
 	go func() { // conclude or drop waits for it
 		defer close(p.done)
-		p.found = readAll(c.reader(ctx), c.dev.SizeBytes, &p.read)
+		p.found, p.err = d.read(ctx, c.exclusive, c.dev, c.own.of(toReadAll), never, p.read.Store)
 		ended()
 		d.log.Info("has read", "disk", c.dev.String(), "bytes", p.read.Load(), "took", time.Since(p.began).Round(time.Second), "found", p.found.String())
 	}()
@@ -328,9 +336,13 @@ func (d *Disk) conclude(ctx context.Context) (*claim, string, error) {
 	}
 	d.proof = nil
 	p.cancel()
-	found := p.found
-	if found.Blank { // the ends once more, after what may have been hours
-		found = inspect(p.reader(ctx), p.dev.SizeBytes)
+	found, err := p.found, p.err
+	if err == nil && found.Blank { // the ends once more, after what may have been hours
+		found, err = d.inspect(ctx, p.claim)
+	}
+	if err != nil {
+		p.close()
+		return nil, "", err
 	}
 	d.account.add(Evidence{"the disk itself", fmt.Sprintf("every block: %s read, %s found", Size(p.read.Load()), found), found.Blank})
 	if !found.Blank {

@@ -214,7 +214,7 @@ func (d *Disk) quell(ctx context.Context) error {
 
 // unmount has a helper unmount what is left of the disk.
 func (d *Disk) unmount(ctx context.Context, was serving) error {
-	found, err := d.send(ctx, errand{Act: "unmount", Target: d.want.MountPoint, Dev: was.Dev}, unmountLimit)
+	found, err := d.probes.send(ctx, errand{Act: toUnmount, Target: d.want.MountPoint, Dev: was.Dev}, unmountLimit, nil)
 	if err == nil && (len(found) != 1 || found[0].Error != "") {
 		err = fmt.Errorf("unmount %s: %v", d.want.MountPoint, found)
 	}

@@ -285,7 +285,7 @@ func (p place) mounted(m mount) error {
 func lasting(dev device, c content) error {
 	switch {
 	case c.Proving != "":
-		return node.Waiting(proving(c.Hung), "%s", c.Proving)
+		return c.waiting()
 	case dev.ReadOnly:
 		return node.Terminal("ReadOnly", "attach it writable", fmt.Errorf("%s is a read-only device", dev))
 	case c.Busy:
@@ -293,6 +293,9 @@ func lasting(dev device, c content) error {
 	}
 	return nil
 }
+
+// waiting returns the error of a disk that is being read, or does not answer.
+func (c content) waiting() error { return node.Waiting(proving(c.Hung), "%s", c.Proving) }
 
 // thence lists what follows once a layer is up: the rest of the layers, and the
 // mount, of which the first not expected ends the apply.

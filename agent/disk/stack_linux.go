@@ -334,8 +334,15 @@ func (d *Disk) openCrypt(ctx context.Context, pin *os.File, dev device, key node
 	if err != nil {
 		return device{}, err
 	}
-	h := glance(reader{ctx, f}, dev.SizeBytes).Header
+	c, err := d.read(ctx, f, dev, errand{Act: toGlance}, d.quiet, nil)
 	f.Close()
+	if err != nil {
+		return device{}, err
+	}
+	if c.Hung {
+		return device{}, c.waiting()
+	}
+	h := c.Header
 	if h == nil {
 		return device{}, fmt.Errorf("%s has no LUKS2 header: %w", dev, errChanged)
 	}

@@ -185,7 +185,7 @@ func (d *Disk) sendProbe(ctx context.Context, v vitals) {
 	if err != nil {
 		return // it has just gone; the next look tells
 	}
-	found, err := d.send(ctx, errand{Act: "probe", Target: v.MountPoint, Dev: dev, Name: v.Device, Disks: v.Disks, Sys: d.sys, Doubtful: v.Ext4 != nil && v.Ext4.Count > 0}, probeDeadline)
+	found, err := d.probes.send(ctx, errand{Act: toProbe, Target: v.MountPoint, Dev: dev, Name: v.Device, Disks: v.Disks, Sys: d.sys, Doubtful: v.Ext4 != nil && v.Ext4.Count > 0}, probeDeadline, nil)
 	if ctx.Err() != nil {
 		return
 	}
@@ -218,9 +218,9 @@ func (d *Disk) sendProbe(ctx context.Context, v vitals) {
 
 // hanging says what hangs in the helper that is out, and for how long.
 func (d *Disk) hanging() (step string, late time.Duration) {
-	d.helping.Lock()
-	defer d.helping.Unlock()
-	if h := d.helper; h != nil {
+	d.probes.mu.Lock()
+	defer d.probes.mu.Unlock()
+	if h := d.probes.out; h != nil {
 		return h.step, time.Since(h.began)
 	}
 	// An earlier agent has sent it out, at least helperLate ago.
