@@ -121,9 +121,10 @@ func (a *Agent) volumeState() api.Volumes {
 	return v
 }
 
-// illDisks returns what is wrong with disks that are, or were, mounted.
+// illDisks returns what is wrong with disks that are, or were, mounted, and what cannot
+// be told of them.
 func illDisks(disks []*disk.Disk) []node.Condition {
-	return slices.DeleteFunc(wanted(disks).Conditions, func(c node.Condition) bool { return c.Status != node.True })
+	return slices.DeleteFunc(wanted(disks).Conditions, func(c node.Condition) bool { return c.Status != node.True && c.Message == "" })
 }
 
 // wanted is what the Node has to say of the disks.

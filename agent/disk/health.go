@@ -101,6 +101,8 @@ type probeResult struct {
 	// Hangs says which step has not returned since Late; empty: all have.
 	Hangs string        `json:"hangs,omitempty"`
 	Late  time.Duration `json:"late,omitempty"`
+	// Failed is why the helper has found nothing; empty: it has.
+	Failed string `json:"failed,omitempty"`
 }
 
 // stopped reports whether ext4 takes no writes after an error that it has noted. Some
@@ -156,6 +158,10 @@ func (v vitals) io(is func(t node.ConditionType, bad bool, reason, fine, format 
 			v.Stalled.Requests, v.Stalled.For.Round(time.Second))
 	case p != nil && len(p.Errors) > 0 && !(v.stopped() && len(p.Errors) == 1):
 		return bad("DiskIOError", "answers with errors: %s; look at `dmesg`, and drain the node", strings.Join(p.Errors, ", "))
+	case p != nil && p.Failed != "":
+		c := bad("NotProbed", "cannot be looked at: %s", p.Failed)
+		c.Status = node.Unknown
+		return c
 	case p == nil && v.Mounted:
 		return node.Condition{Type: node.IOError, Status: node.Unknown, Reason: "NotProbedYet"}
 	}

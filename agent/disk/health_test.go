@@ -46,6 +46,9 @@ func TestDiagnose(t *testing.T) {
 		{"busy", with(func(v *vitals) { v.Stalled = stall{12, stallPatience - time.Second} })},
 		{"stalled", with(func(v *vitals) { v.Stalled = stall{12, stallPatience} })},
 		{"hung probe", with(func(v *vitals) { v.Probe = &probeResult{Hangs: stepRead, Late: 90 * time.Second} })},
+		{"no helper", with(func(v *vitals) {
+			v.Probe = &probeResult{Failed: "start helper: fork/exec /usr/lib/tkenode/bin/tke-disk: no such file or directory; if it is not there, install the package tkenode anew"}
+		})},
 		{"gone", vitals{Disk: "disk-abc12345", MountPoint: "/data", Gone: "its block device 253:16 is not in /sys/dev/block any more", GoneFor: "2026-11-28 07:00:00Z"}},
 	} {
 		fmt.Fprintf(&b, "%s\n", c.name)

@@ -155,6 +155,8 @@ func (d *Disk) healthy(h Health) (news bool) {
 		switch was := before.of(c.Type); {
 		case c.Status == "True" && (was.Status != c.Status || was.Reason != c.Reason):
 			d.log.Error("the disk is ill", "condition", string(c.Type), "reason", c.Reason, "message", c.Message)
+		case c.Status == "Unknown" && c.Message != "" && was.Reason != c.Reason:
+			d.log.Warn("the disk's health is not known", "condition", string(c.Type), "reason", c.Reason, "message", c.Message)
 		case was.Status == "True" && c.Status != was.Status:
 			d.log.Info("the disk is well again", "condition", string(c.Type), "mountPoint", d.want.MountPoint)
 		}
@@ -200,8 +202,7 @@ func (d *Disk) sendProbe(ctx context.Context, v vitals) {
 			return // it may only be slow; the next look tells
 		}
 	case err != nil:
-		d.log.Warn("the disk is not probed", "mountPoint", v.MountPoint, "err", err)
-		return
+		p.Failed = err.Error()
 	default:
 		d.tended.inherited = time.Time{}
 	}

@@ -142,6 +142,10 @@ func (c *CSINode) note(l Limit) {
 	c.now = l
 	c.mu.Unlock()
 	switch {
+	case l.Message == errNoDriver.Error():
+		if before.Message != l.Message { // as on most nodes when they start, and on many for ever
+			c.log.Info("no count of CBS volumes is published", "why", l.Message)
+		}
 	case l.Message != "" && l.Message != before.Message:
 		c.log.Warn("the count of CBS volumes is not kept", "driver", l.Driver, "published", l.Published, "notCSI", l.NotCSI, "message", l.Message)
 	case l.Message == "" && (before.Message != "" || l.Published != before.Published):
