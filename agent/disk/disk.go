@@ -87,6 +87,8 @@ type Options struct {
 	// Systemd is told of the mounts, and stops what a disk that is gone would let write
 	// beneath it. Nil: nobody does.
 	Systemd Systemd
+	// Helper is the program tke-disk, where it is not installed; empty: it is.
+	Helper string
 	// Tell is called, and must not block, when the disk's health has changed or it is
 	// fenced, or is no longer.
 	Tell func()
@@ -102,6 +104,9 @@ func New(o Options) *Disk {
 		want: o.Want, sealed: o.Sealed, firstBoot: o.FirstBoot, cloud: o.Cloud, sys: "/sys", boot: bootID(), ledger: ledger(o.Ledger), log: o.Log,
 		patience: readPatience, quiet: probeDeadline, systemd: o.Systemd, run: o.Run, pods: podsCgroup, program: helperProgram, tell: o.Tell, poked: make(chan struct{}, 1),
 		serials: map[string]string{}, parts: map[string]*Disk{}, tended: tended{moves: map[string]*progressing{}},
+	}
+	if o.Helper != "" {
+		d.program = []string{o.Helper}
 	}
 	d.probes = errands{disk: d, scope: scopeName(o.Want, false)}
 	d.reads = errands{disk: d, scope: scopeName(o.Want, true)}

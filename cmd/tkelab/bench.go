@@ -98,7 +98,7 @@ func benchDisk(ctx context.Context, pairs int, p *progress) ([]bench.Figure, err
 		return nil, err
 	}
 	figures, err := bench.Disk(ctx, bench.DiskOptions{
-		Dir: cacheDir(), Peer: filepath.Join(filepath.Dir(self), "peer", "mountutils"), Runs: pairs, Progress: p,
+		Dir: cacheDir(), Peer: filepath.Join(filepath.Dir(self), "peer", "mountutils"), Helper: filepath.Join(filepath.Dir(self), "tke-disk"), Runs: pairs, Progress: p,
 	})
 	if err == nil {
 		p.Say("%s", "\n"+bench.Table(figures))

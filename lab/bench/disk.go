@@ -23,6 +23,7 @@ const MaxDiskPairs = 20
 type DiskOptions struct {
 	Dir      string   // for the files behind the disks, and ledgers
 	Peer     string   // the program of lab/bench/mountutils
+	Helper   string   // tke-disk
 	Runs     int      // pairs
 	Progress Progress `json:"-"`
 }

@@ -109,7 +109,7 @@ func (n *diskNode) module(serial string, fs node.FileSystem, first bool) *disk.D
 	n.boots++
 	return disk.New(disk.Options{
 		Want:   node.DiskConfig{DiskID: serial, FileSystem: fs, MountPoint: n.mountPoint(serial)},
-		Sealed: n.sealed, FirstBoot: first, Cloud: n.api, Ledger: filepath.Join(n.o.Dir, "ledger"), Run: filepath.Join(n.o.Dir, fmt.Sprint("run-", n.boots)), Log: n.log,
+		Sealed: n.sealed, FirstBoot: first, Cloud: n.api, Ledger: filepath.Join(n.o.Dir, "ledger"), Run: filepath.Join(n.o.Dir, fmt.Sprint("run-", n.boots)), Helper: n.o.Helper, Log: n.log,
 	})
 }
 
