@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/tkenode/tkenode/agent/api"
 	"github.com/tkenode/tkenode/agent/disk"
@@ -41,6 +42,8 @@ const (
 	imagesDir = "/usr/lib/tkenode/images" // what the node image carries
 	seedFile  = "/usr/lib/tkenode/seed.tar"
 	runDir    = "/run/tkenode/disk" // what is known of disks in this boot
+	// registerPatience is how long kube-proxy and CoreDNS make way for kubelet.
+	registerPatience = 20 * time.Second
 )
 
 // Agent is the daemon between New and the end of Run.
@@ -203,11 +206,12 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 		ready,
 		kube.NewConditions(ready, func() kube.Wanted { return wanted(disks) }),
 	)
+	hold := unregistered(ready, registerPatience)
 	if s.Config.KubeProxy.Enabled {
-		modules = append(modules, unit.KubeProxy(files, bus))
+		modules = append(modules, unit.KubeProxy(files, bus, hold))
 	}
 	if s.Config.CoreDNS.Enabled {
-		modules = append(modules, unit.CoreDNS(files, bus, s.Config.LocalDNS(), s.Config.Cluster.Domain))
+		modules = append(modules, unit.CoreDNS(files, bus, s.Config.LocalDNS(), s.Config.Cluster.Domain, hold))
 	}
 	others := disk.NewOthers(a.diskStates, log("disk"))
 	volumes := kube.NewCSINode(apiServer, name, disk.CSIDriver, func(ctx context.Context) (int, error) {
@@ -226,4 +230,18 @@ func (a *Agent) assemble(s node.Sealed) (*works, error) {
 			d.Close()
 		}
 	}}, nil
+}
+
+// unregistered reports whether kubelet has yet to register the Node, for which others
+// make way: kubelet that has to share the processors with them while it starts asks for
+// its CSINode too early, and then waits for up to 19 s. It is waited for no longer than
+// patience, from the first time that somebody asks: a node whose API server is away may
+// still resolve names.
+func unregistered(ready *kube.Ready, patience time.Duration) func() bool {
+	var first sync.Once
+	var until time.Time
+	return func() bool {
+		first.Do(func() { until = time.Now().Add(patience) })
+		return !ready.Registered() && time.Now().Before(until)
+	}
 }

@@ -88,6 +88,13 @@ func (r *Ready) Plan(context.Context) (node.Plan, error) {
 // Apply has nothing to do.
 func (r *Ready) Apply(context.Context, node.Plan) error { return nil }
 
+// Registered reports whether kubelet has registered the Node, as far as was seen.
+func (r *Ready) Registered() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.seen.registered
+}
+
 func (s sight) judge(name string) error {
 	_, refused := errors.AsType[*StatusError](s.err)
 	switch {

@@ -58,8 +58,8 @@ func TestServices(t *testing.T) {
 		{Path: "/etc/systemd/system/coredns.service", Mode: 0o644, Data: []byte("[Service]\n"), Units: []string{node.CoreDNSUnit}},
 	}
 	// An address that every machine has, since this one's must not be changed.
-	dns := CoreDNS(all, m, []netip.Addr{netip.MustParseAddr("127.0.0.1")}, "cluster.local")
-	for u, files := range map[*Unit]string{KubeProxy(all, m): "ca.crt kube-proxy.yaml", dns: "ca.crt Corefile"} {
+	dns := CoreDNS(all, m, []netip.Addr{netip.MustParseAddr("127.0.0.1")}, "cluster.local", nil)
+	for u, files := range map[*Unit]string{KubeProxy(all, m, nil): "ca.crt kube-proxy.yaml", dns: "ca.crt Corefile"} {
 		if n := u.Needs(); len(n) != 1 || n[0] != node.KubeletReady {
 			t.Errorf("%s needs %v", u.Name(), n)
 		}
@@ -75,11 +75,31 @@ func TestServices(t *testing.T) {
 	}
 }
 
+// TestHeld: a unit is not started while it is held, and is not asked about once it runs.
+func TestHeld(t *testing.T) {
+	m := newMachine(t)
+	held := true
+	u := on(m, KubeProxy([]node.File{{Path: "/etc/systemd/system/kube-proxy.service", Mode: 0o644, Data: []byte("[Service]\n"), Units: []string{node.KubeProxyUnit}}}, m, func() bool { return held }))
+	p, err := u.Plan(t.Context())
+	if node.ReasonOf(err, "") != "NodeNotRegistered" || node.ClassOf(err) != node.ClassWaiting || !p.Empty() || p.Again != holdPoll {
+		t.Errorf("while it is held: %v%v, again after %s", p, err, p.Again)
+	}
+	held = false
+	converge(t, u)
+	if got := m.take(); got != "start kube-proxy.service" {
+		t.Errorf("then: %q", got)
+	}
+	held = true
+	if p, err := u.Plan(t.Context()); err != nil || !p.Empty() {
+		t.Errorf("while it runs: %v%v", p, err)
+	}
+}
+
 // TestMadeIsRemoved: kube-proxy is restarted once when its table goes, and not as long
 // as it has made none.
 func TestMadeIsRemoved(t *testing.T) {
 	m := newMachine(t)
-	u := on(m, KubeProxy([]node.File{{Path: "/etc/systemd/system/kube-proxy.service", Mode: 0o644, Data: []byte("[Service]\n"), Units: []string{node.KubeProxyUnit}}}, m))
+	u := on(m, KubeProxy([]node.File{{Path: "/etc/systemd/system/kube-proxy.service", Mode: 0o644, Data: []byte("[Service]\n"), Units: []string{node.KubeProxyUnit}}}, m, nil))
 	there := false
 	u.made = func() (bool, error) { return there, nil }
 	converge(t, u)

@@ -35,6 +35,7 @@ const (
 	probeEvery   = 10 * time.Second       // while it answers
 	probeSoon    = 250 * time.Millisecond // while it starts
 	startGrace   = time.Minute            // how long it may run before it answers
+	holdPoll     = 100 * time.Millisecond // while it is not to be started
 )
 
 // Unit is one systemd unit with the files that it reads at its start. It
@@ -47,6 +48,8 @@ type Unit struct {
 	bus   Bus
 	seed  *seed  // of containerd only
 	root  string // prefix of every path: "" but in tests
+	// hold reports whether the unit is not to be started yet; nil: it may.
+	hold func() bool
 	// made reports whether what the daemon makes in the kernel is there; nil: nothing.
 	made func() (bool, error)
 
@@ -85,20 +88,20 @@ func Kubelet(files []node.File, bus Bus) *Unit {
 
 // KubeProxy returns the module of kube-proxy.service. It comes after kubelet, which
 // registers the Node that kube-proxy looks for, and not after NodeReady: what makes
-// the node Ready may be a pod that needs a Service.
-func KubeProxy(files []node.File, bus Bus) *Unit {
+// the node Ready may be a pod that needs a Service. hold is asked until it is started.
+func KubeProxy(files []node.File, bus Bus, hold func() bool) *Unit {
 	return &Unit{
 		want: wanted(node.KubeProxyUnit, files), cond: node.ServicesReady,
-		needs: []node.ConditionType{node.KubeletReady}, probe: healthy(kubeProxyHealth), bus: bus, made: proxyTable,
+		needs: []node.ConditionType{node.KubeletReady}, probe: healthy(kubeProxyHealth), bus: bus, hold: hold, made: proxyTable,
 	}
 }
 
 // CoreDNS returns the module of coredns.service, which answers at addrs for the
 // names below domain. Like kube-proxy it comes after kubelet.
-func CoreDNS(files []node.File, bus Bus, addrs []netip.Addr, domain string) *Unit {
+func CoreDNS(files []node.File, bus Bus, addrs []netip.Addr, domain string, hold func() bool) *Unit {
 	u := &Unit{
 		want: wanted(node.CoreDNSUnit, files), cond: node.DNSReady,
-		needs: []node.ConditionType{node.KubeletReady}, probe: resolves(addrs, domain), bus: bus,
+		needs: []node.ConditionType{node.KubeletReady}, probe: resolves(addrs, domain), bus: bus, hold: hold,
 	}
 	u.addrs = addrs
 	return u
@@ -164,6 +167,9 @@ func (u *Unit) Plan(ctx context.Context) (node.Plan, error) {
 		return node.Plan{}, err
 	}
 	v := decide(u.want, have)
+	if u.hold != nil && v.starts() && u.hold() {
+		return node.Plan{Again: holdPoll}, node.Waiting("NodeNotRegistered", "kubelet has not registered the Node yet; %s is started once it has, or after a while", u.unit)
+	}
 	p := node.Plan{Again: v.again}
 	for _, s := range v.steps {
 		p.Add(func(ctx context.Context) error { return u.do(ctx, s) }, "%s", s.text)
