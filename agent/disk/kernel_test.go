@@ -407,3 +407,34 @@ func TestKernelWatch(t *testing.T) {
 		t.Fatal("watch does not end")
 	}
 }
+
+// TestKernelLedgerFull: nothing is done to a disk that cannot be written down, and what
+// was written down before stays whole.
+func TestKernelLedgerFull(t *testing.T) {
+	b := newBench(t, node.Ext4, nil)
+	must(t, os.MkdirAll(string(b.ledger), 0o700))
+	must(t, unix.Mount("tmpfs", string(b.ledger), "tmpfs", 0, "size=64k"))
+	t.Cleanup(func() { must(t, unix.Unmount(string(b.ledger), 0)) })
+	waste := filepath.Join(string(b.ledger), "waste")
+	_ = os.WriteFile(waste, make([]byte, 1<<20), 0o600) // as much as fits
+	before := b.hash(t)
+	p, err := b.plan(t)
+	must(t, err)
+	if err := b.Apply(t.Context(), p); node.ReasonOf(err, "") != "LedgerFull" || !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("with a full disk: %v", err)
+	}
+	if b.hash(t) != before {
+		t.Error("the disk was written to")
+	}
+	must(t, os.Remove(waste))
+	b.converge(t)
+	was, err := b.ledger.read()
+	must(t, err)
+	_ = os.WriteFile(waste, make([]byte, 1<<20), 0o600)
+	if err := b.ledger.write(was[serial]); node.ReasonOf(err, "") != "LedgerFull" {
+		t.Errorf("an entry that is there is written anew: %v", err)
+	}
+	if now, err := b.ledger.read(); err != nil || len(now) != 1 || now[serial].UUID != was[serial].UUID {
+		t.Errorf("ledger %+v, %v", now, err)
+	}
+}

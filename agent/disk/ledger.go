@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/tkenode/tkenode/agent/node"
@@ -166,7 +167,12 @@ func (l ledger) put(name string, b []byte) error {
 	if err == nil {
 		err = syncDir(string(l))
 	}
+	if errors.Is(err, syscall.ENOSPC) {
+		err = &node.Error{Class: node.ClassTransient, Reason: "LedgerFull", Err: err,
+			Fix: "make room on the system disk (`du -xh --max-depth=3 /var | sort -h | tail`): what is done to a disk is written down before it is done"}
+	}
 	if err != nil {
+		_ = os.Remove(path + ".new") // of a full disk what little it takes
 		return fmt.Errorf("write disk ledger: %w", err)
 	}
 	return nil
