@@ -68,7 +68,7 @@ func (d *Disk) format(ctx context.Context, at place, have observed) error {
 	err = p.mkfs(ctx, d.want.FileSystem)
 	done()
 	if err != nil {
-		return fmt.Errorf("make %s on %s: %w", d.want.FileSystem, p.dev, err)
+		return d.spoilt(p, fmt.Errorf("make %s on %s: %w", d.want.FileSystem, p.dev, err))
 	}
 	if err := d.same(p.dev); err != nil {
 		return err
@@ -85,10 +85,21 @@ func (d *Disk) format(ctx context.Context, at place, have observed) error {
 		return c.waiting()
 	}
 	if c.UUID != p.made.UUID || c.Label != label(p.dev.Serial) || !slices.Equal(c.Signatures, []string{string(d.want.FileSystem)}) {
-		return fmt.Errorf("read back %s: it holds %s, not the %s with uuid %s just made", p.dev, c, d.want.FileSystem, p.made.UUID)
+		return d.spoilt(p, fmt.Errorf("read back %s: it holds %s, not the %s with uuid %s just made", p.dev, c, d.want.FileSystem, p.made.UUID))
 	}
 	p.made.State, p.made.SizeBytes, p.made.Boot = stateFormatted, p.dev.SizeBytes, ""
 	return d.ledger.write(p.made)
+}
+
+// spoilt notes that making a file system has failed, and returns why. Its superblock may
+// be sound all the same, as that of xfs is, of which another write has failed: it is not
+// to be taken for one that was only not journalled as made.
+func (d *Disk) spoilt(p *permit, why error) error {
+	p.made.Boot = ""
+	if err := d.ledger.write(p.made); err != nil {
+		return errors.Join(why, err)
+	}
+	return why
 }
 
 // prove returns a permit if the devices that at stands on are the right ones, used by

@@ -115,6 +115,20 @@ func TestKernelCampaignSectors(t *testing.T) {
 	}
 }
 
+// TestKernelFormatFails: a file system of whose making a write has failed is left to a
+// human, although its superblock is sound.
+func TestKernelFormatFails(t *testing.T) {
+	episodes(t, "format fails", 1, func(e *episode) {
+		p := newPatient(e, node.XFS)
+		defer p.end()
+		p.fail("write", patientSizes[node.XFS]/512-1)
+		if err := p.turns(2); node.ReasonOf(err, "") != "FormatInterrupted" {
+			e.Errorf("%s: %v", p.d.State().State, err)
+		}
+		p.well("the last sector cannot be written")
+	})
+}
+
 func (e *episode) brokenBlank(fsType node.FileSystem, what string, sector int64) {
 	p := newPatient(e, fsType)
 	defer p.end()

@@ -39,7 +39,7 @@ type entry struct {
 	// that the disk is the first member of, and the UUID of the LUKS2 header.
 	Array *madeArray `json:"array,omitempty"`
 	Crypt string     `json:"crypt,omitempty"`
-	// Boot is that in which formatting began, and only told until it has ended.
+	// Boot is that in which formatting began, and only told until it has ended or failed.
 	Boot string `json:"boot,omitempty"`
 }
 

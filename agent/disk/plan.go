@@ -251,8 +251,8 @@ func fromContent(want node.DiskConfig, dev device, have observed) ([]step, error
 		return nil, node.Terminal("Ext3NotMade", "set fileSystem: ext4 in the NodeConfig", fmt.Errorf("%s is blank, and ext3 is only mounted where it is found", dev))
 	case c.Blank && len(c.Signatures)+len(dev.Partitions) == 0:
 		return []step{{verb: format, text: fmt.Sprintf("format %s with %s once it is proven blank", dev, fs)}, mount}, nil
-	case one && ours && past.State == stateFormatting && past.Boot != have.Boot && !decided(actAdopt):
-		// The power may have gone before all of it was on the disk.
+	case one && ours && past.State == stateFormatting && (past.Boot == "" || past.Boot != have.Boot) && !decided(actAdopt):
+		// It has failed, or the power may have gone before all of it was on the disk.
 		return nil, interrupted(dev, c, past)
 	case one && ours && c.UUID != past.UUID && otherCluster(c.UUID, have.Cluster) &&
 		want.WhenNotBlank != node.MountFound && !decided(actAdopt):
@@ -320,7 +320,7 @@ func interrupted(dev device, c content, past entry) error {
 		fix = "check it (`e2fsck -fn`, `xfs_repair -n`), and if it is sound, type: " + command(actAdopt, dev) + "; or " + fix
 	}
 	return node.Terminal("FormatInterrupted", fix,
-		fmt.Errorf("formatting %s began on %s and was cut off; it now holds %s", dev, past.At.Format("2006-01-02 15:04:05Z"), c))
+		fmt.Errorf("formatting %s began on %s and failed or was cut off; it now holds %s", dev, past.At.Format("2006-01-02 15:04:05Z"), c))
 }
 
 // foreign says what a disk holds that is not ours.
