@@ -4,6 +4,7 @@ package disk
 
 import (
 	"bufio"
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
@@ -53,27 +54,49 @@ func newStorage(t *testing.T) *storage {
 	}
 	s := &storage{t: t, dir: dir}
 	t.Cleanup(s.close)
-	socket := filepath.Join(dir, "qmp")
+	// Of some hundreds of daemons one greets, and then hears nothing that it is told.
+	for try := 0; ; try++ {
+		err := s.start(fmt.Sprintf("%s/qmp%d", dir, try))
+		if err == nil {
+			return s
+		}
+		if try == 3 {
+			t.Fatalf("qemu-storage-daemon: %v", err)
+		}
+		t.Logf("qemu-storage-daemon is started once more: %v", err)
+	}
+}
+
+// start starts the daemon, and says hello to it.
+func (s *storage) start(socket string) error {
+	if s.daemon != nil {
+		s.daemon.Close()
+		s.conn.Close()
+	}
 	s.daemon = proc.NewGroup() // ends with this process, however that ends
-	_, err = s.daemon.Start(proc.Command{
+	_, err := s.daemon.Start(proc.Command{
 		Path: "qemu-storage-daemon", Args: []string{"--chardev", "socket,id=qmp,server=on,wait=off,path=" + socket, "--monitor", "qmp"},
-		Log: filepath.Join(dir, "log"),
+		Log: filepath.Join(s.dir, "log"),
 	})
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	for began := time.Now(); ; time.Sleep(5 * time.Millisecond) {
 		if s.conn, err = net.Dial("unix", socket); err == nil {
 			break
 		}
 		if time.Since(began) > 20*time.Second {
-			t.Fatalf("qemu-storage-daemon: %v", err)
+			s.t.Fatalf("qemu-storage-daemon: %v", err)
 		}
 	}
 	s.in = bufio.NewScanner(s.conn)
-	s.in.Scan() // the greeting
-	s.do("qmp_capabilities", args{})
-	return s
+	if err := s.conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		return err
+	}
+	if !s.in.Scan() { // the greeting
+		return fmt.Errorf("no greeting: %w", s.in.Err())
+	}
+	return s.ask("qmp_capabilities", args{})
 }
 
 type args map[string]any
@@ -81,8 +104,14 @@ type args map[string]any
 // do has the daemon carry a command out.
 func (s *storage) do(command string, a args) {
 	s.t.Helper()
+	if err := errors.Join(s.conn.SetDeadline(time.Now().Add(time.Minute)), s.ask(command, a)); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *storage) ask(command string, a args) error {
 	if err := json.NewEncoder(s.conn).Encode(map[string]any{"execute": command, "arguments": a}); err != nil {
-		s.t.Fatalf("%s: %v", command, err)
+		return fmt.Errorf("%s: %w", command, err)
 	}
 	for s.in.Scan() {
 		var answer struct {
@@ -90,16 +119,16 @@ func (s *storage) do(command string, a args) {
 			Error  struct{ Desc string }
 		}
 		if err := json.Unmarshal(s.in.Bytes(), &answer); err != nil {
-			s.t.Fatalf("%s: %v", command, err)
+			return fmt.Errorf("%s: %w", command, err)
 		}
 		if answer.Error.Desc != "" {
-			s.t.Fatalf("%s: %s", command, answer.Error.Desc)
+			return fmt.Errorf("%s: %s", command, answer.Error.Desc)
 		}
 		if answer.Return != nil {
-			return
+			return nil
 		}
 	}
-	s.t.Fatalf("%s: no answer", command)
+	return fmt.Errorf("%s: no answer: %w", command, cmp.Or(s.in.Err(), io.EOF))
 }
 
 // sick is a disk of a storage.
