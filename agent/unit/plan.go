@@ -153,12 +153,12 @@ func decide(w want, have observed) verdict {
 	return v
 }
 
-// sow fills containerd's root before containerd has anything in it.
 // starts reports whether the unit is to be started.
 func (v *verdict) starts() bool {
 	return slices.ContainsFunc(v.steps, func(s step) bool { return s.verb == start })
 }
 
+// sow fills containerd's root before containerd has anything in it.
 func (v *verdict) sow(r root) {
 	if r.Fresh && len(r.Seed.Images) > 0 {
 		v.add(sow, node.File{}, "seed %s with %d baked images (%s)", r.Path, len(r.Seed.Images), size(int(r.Seed.Bytes)))
