@@ -2,7 +2,6 @@ package disk
 
 import (
 	"bufio"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -40,6 +39,9 @@ func (e errHangs) Error() string { return "the " + e.step + " does not return" }
 
 // errOut says that a helper of this disk is still out.
 var errOut = errors.New("an earlier one has not returned")
+
+// errMute says that a helper has ended, as when it is killed, and not said what it found.
+var errMute = errors.New("the helper has ended without an answer; see `journalctl -u tkenode-agent` and `dmesg` for who killed it; it is tried again")
 
 // errands sends helpers out, one at a time.
 type errands struct {
@@ -154,6 +156,9 @@ func (s *errands) send(ctx context.Context, e errand, quiet time.Duration, heard
 	}
 	found, err := s.listen(ctx, h, quiet, heard)
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		if err != nil { // whatever it says, nobody listens any more
+			_ = h.cmd.Process.Kill()
+		}
 		<-h.ended // it has closed its end, so it is ending
 		s.out = nil
 		return found, err
@@ -191,7 +196,6 @@ func (s *errands) listen(ctx context.Context, h *helper, quiet time.Duration, he
 	for lines.Scan() {
 		var f finding
 		if err := json.Unmarshal(lines.Bytes(), &f); err != nil {
-			_ = h.cmd.Process.Kill()
 			return found, fmt.Errorf("read helper's answer: %w", err)
 		}
 		if f.Read > 0 { // it gets on
@@ -218,8 +222,11 @@ func (d *Disk) read(ctx context.Context, disk *os.File, dev device, e errand, qu
 	if hangs := new(errHangs); errors.As(err, hangs) || errors.Is(err, errOut) {
 		return content{Hung: true, Proving: fmt.Sprintf("%s does not answer: %v; look at the disk in the console, and detach it if it does not come back", dev, err)}, nil
 	}
-	if err != nil || len(found) != 1 || found[0].Content == nil {
-		return content{}, fmt.Errorf("read %s: a helper has found %d things: %w", dev, len(found), cmp.Or(err, io.ErrUnexpectedEOF))
+	if err == nil && (len(found) != 1 || found[0].Content == nil) {
+		err = errMute
+	}
+	if err != nil {
+		return content{}, fmt.Errorf("read %s: %w", dev, err)
 	}
 	c := *found[0].Content
 	c.at = found[0].At

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -276,7 +275,7 @@ func (d *Disk) mountNow(ctx context.Context, e errand) error {
 	case err != nil:
 		return err
 	case len(found) != 1:
-		return io.ErrUnexpectedEOF
+		return errMute
 	case found[0].Errno != 0:
 		return unix.Errno(found[0].Errno)
 	case found[0].Error != "":
