@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
+	"crypto/hkdf"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
@@ -12,6 +13,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
 	"time"
@@ -99,7 +101,7 @@ func (r *run) request(ctx context.Context) error {
 		return err
 	}
 	j := &join{api: api}
-	if j.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+	if j.key, err = newClientKey(rand.Reader, r.facts.InstanceID); err != nil {
 		return fmt.Errorf("make key: %w", err)
 	}
 	if err := j.fill(userName(r.config.Name(r.facts))); err != nil {
@@ -114,6 +116,27 @@ func (r *run) request(ctx context.Context) error {
 	r.ledger.say("asked for a certificate: %s", j.request.Metadata.Name)
 	r.join = j
 	return nil
+}
+
+// newClientKey makes a private key out of random and of who makes it. Machines that go on
+// from one snapshot of memory draw the same random numbers until their kernels take
+// up new ones, which is up to a minute: with nothing of its own in it a key would be
+// its twin's as well. Source: random(4), and CRNG_RESEED_INTERVAL of the kernel.
+func newClientKey(random io.Reader, instanceID string) (*ecdsa.PrivateKey, error) {
+	for {
+		var secret [32]byte
+		if _, err := io.ReadFull(random, secret[:]); err != nil {
+			return nil, err
+		}
+		scalar, err := hkdf.Key(sha256.New, secret[:], nil, "tkenode kubelet client key of "+instanceID, len(secret))
+		if err != nil {
+			return nil, err
+		}
+		// All but one in 2³² are below the order of the curve's group.
+		if key, err := ecdsa.ParseRawPrivateKey(elliptic.P256(), scalar); err == nil {
+			return key, nil
+		}
+	}
 }
 
 func userName(nodeName string) string { return "system:node:" + nodeName }

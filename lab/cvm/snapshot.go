@@ -24,7 +24,9 @@ const memoryFile = "memory"
 // interface of its own, so that two of them can be in one VPC.
 //
 // What the guest has drawn from its random generator is part of the snapshot,
-// as are its machine id and host keys: restored machines are for tests.
+// as are its machine id and host keys, and for up to a minute, until their kernels
+// take up new ones, restored machines may draw the same random numbers (Debian's
+// kernel for clouds has no driver for vmgenid): they are for tests.
 func (m *Machine) Snapshot(ctx context.Context, dir string) error {
 	if err := m.snapshot(ctx, dir); err != nil {
 		return fmt.Errorf("snapshot %s: %w", m.spec.Name, err)
