@@ -54,45 +54,41 @@ func newStorage(t *testing.T) *storage {
 	}
 	s := &storage{t: t, dir: dir}
 	t.Cleanup(s.close)
-	// Of some hundreds of daemons one greets, and then hears nothing that it is told.
-	for try := 0; ; try++ {
-		err := s.start(fmt.Sprintf("%s/qmp%d", dir, try))
-		if err == nil {
-			return s
-		}
-		if try == 3 {
-			t.Fatalf("qemu-storage-daemon: %v", err)
-		}
-		t.Logf("qemu-storage-daemon is started once more: %v", err)
+	if err := s.start(); err != nil {
+		t.Fatalf("qemu-storage-daemon: %v", err)
 	}
+	return s
 }
 
-// start starts the daemon, and says hello to it.
-func (s *storage) start(socket string) error {
-	if s.daemon != nil {
-		s.daemon.Close()
-		s.conn.Close()
+// start starts the daemon, and says hello to it. It is the daemon that connects: where
+// it listens, a client that comes while it starts is heard by two of its threads, each
+// of which takes some of the bytes.
+func (s *storage) start() error {
+	path := filepath.Join(s.dir, "qmp")
+	socket, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return err
 	}
+	defer socket.Close()
 	s.daemon = proc.NewGroup() // ends with this process, however that ends
-	_, err := s.daemon.Start(proc.Command{
-		Path: "qemu-storage-daemon", Args: []string{"--chardev", "socket,id=qmp,server=on,wait=off,path=" + socket, "--monitor", "qmp"},
+	_, err = s.daemon.Start(proc.Command{
+		Path: "qemu-storage-daemon", Args: []string{"--chardev", "socket,id=qmp,path=" + path, "--monitor", "qmp"},
 		Log: filepath.Join(s.dir, "log"),
 	})
 	if err != nil {
 		return err
 	}
-	for began := time.Now(); ; time.Sleep(5 * time.Millisecond) {
-		if s.conn, err = net.Dial("unix", socket); err == nil {
-			break
-		}
-		if time.Since(began) > 20*time.Second {
-			s.t.Fatalf("qemu-storage-daemon: %v", err)
-		}
-	}
-	s.in = bufio.NewScanner(s.conn)
-	if err := s.conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+	deadline := time.Now().Add(20 * time.Second)
+	if err := socket.SetDeadline(deadline); err != nil {
 		return err
 	}
+	if s.conn, err = socket.Accept(); err != nil {
+		return err
+	}
+	if err := s.conn.SetDeadline(deadline); err != nil {
+		return err
+	}
+	s.in = bufio.NewScanner(s.conn)
 	if !s.in.Scan() { // the greeting
 		return fmt.Errorf("no greeting: %w", s.in.Err())
 	}
