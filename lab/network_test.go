@@ -300,9 +300,11 @@ func (n *network) listenOutside() <-chan netip.Addr {
 	return saw
 }
 
-// get fetches a page from within a pod.
+// get fetches a page from within a pod. A connection whose first packet was sent past a
+// Service that is being repaired stays past it for ever: whoever waits dials anew.
+// busybox's wget -T dies of a signal.
 func (n *network) get(pod string, ip netip.Addr, port int) error {
-	return n.exec(pod, "wget", "-qO-", fmt.Sprintf("http://%s:%d/", ip, port))
+	return n.exec(pod, "busybox", "timeout", "10", "wget", "-qO-", fmt.Sprintf("http://%s:%d/", ip, port))
 }
 
 // exec runs a command in a pod.
