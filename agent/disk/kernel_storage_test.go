@@ -64,13 +64,13 @@ func newStorage(t *testing.T) *storage {
 // it listens, a client that comes while it starts is heard by two of its threads, each
 // of which takes some of the bytes.
 func (s *storage) start() error {
+	s.daemon = proc.NewGroup() // ends with this process, however that ends
 	path := filepath.Join(s.dir, "qmp")
 	socket, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
 		return err
 	}
 	defer socket.Close()
-	s.daemon = proc.NewGroup() // ends with this process, however that ends
 	_, err = s.daemon.Start(proc.Command{
 		Path: "qemu-storage-daemon", Args: []string{"--chardev", "socket,id=qmp,path=" + path, "--monitor", "qmp"},
 		Log: filepath.Join(s.dir, "log"),
