@@ -8,7 +8,7 @@ LAB   := bin/tkelab
 .DEFAULT_GOAL := help
 # The tiers share bin/ and the processors: one after the other, also with -j.
 .NOTPARALLEL:
-.PHONY: help setup build demo down test test-unit test-kernel test-node check vuln fmt bench bench-boot bench-eni bench-disk campaign-eni campaign-disk sweep-disk clean
+.PHONY: help setup build demo down test test-unit test-kernel test-node check vuln fmt bench bench-boot bench-eni bench-disk campaign-boot campaign-eni campaign-disk sweep-disk clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -72,8 +72,12 @@ campaign-disk: setup build ## break disks, their content and the agent at random
 	$(GO) test -tags kernel -count=1 -timeout 2h -run '^TestKernelCampaign' -exec '$(SUDO)' ./agent/disk/ \
 		-campaign $(CURDIR)/out/campaign-disk.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
 	@$(LAB) build
-	$(GO) test -tags node -count=1 -timeout 2h -run '^Test(Campaign|NodeDisk)' ./lab/ -whole \
+	$(GO) test -tags node -count=1 -timeout 2h -run '^Test(Campaign|Node)Disk' ./lab/ -whole \
 		-campaign $(CURDIR)/out/campaign-disk.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
+
+campaign-boot: setup build ## boot nodes with everything that they cannot become a node with
+	@$(LAB) build
+	$(GO) test -tags node -count=1 -v -timeout 1h -run '^TestNodeBadInput$$' ./lab/ -whole
 
 sweep-disk: ## make every read of 34 kinds of disks fail, for us and for mount-utils, and count who would format them; at most 10 min
 	@packaging/setup debian-packages debian-packages-sweep

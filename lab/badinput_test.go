@@ -26,7 +26,8 @@ import (
 
 // badInput is one thing that can be wrong when a node boots for the first time.
 type badInput struct {
-	name string
+	name  string
+	whole bool // only with -whole
 	// userData is made of what the lab's NodeConfig would be; nil: nothing is changed.
 	userData func(t *testing.T, l *Lab, v NodeConfigValues) []byte
 	disk     func(t *testing.T, path string) // writes what the data disk holds; nil: it is blank
@@ -52,13 +53,13 @@ const (
 
 var badInputs = []badInput{
 	{
-		name:     "user-data absent",
+		name: "user-data absent", whole: true,
 		userData: func(*testing.T, *Lab, NodeConfigValues) []byte { return nil },
 		reason:   "NodeConfigMissing",
 		want:     []string{"the instance has no user-data; launch the instance with a NodeConfig document as its user-data"},
 	},
 	{
-		name:     "user-data empty",
+		name: "user-data empty", whole: true,
 		userData: func(*testing.T, *Lab, NodeConfigValues) []byte { return []byte{} },
 		reason:   "NodeConfigMissing",
 		want:     []string{"user-data is empty" + missingFix},
@@ -77,25 +78,25 @@ var badInputs = []badInput{
 		},
 	},
 	{
-		name:     "user-data not YAML",
+		name: "user-data not YAML", whole: true,
 		userData: replace("  id: cls-lab00001\n", "  id: cls-lab00001\n id: cls-lab00001\n"),
 		reason:   "NodeConfigInvalid",
 		want:     []string{"NodeConfig line 5: not YAML from here on: did not find expected key; check indentation and quotes"},
 	},
 	{
-		name:     "unknown field",
+		name: "unknown field", whole: true,
 		userData: replace("  endpoint: https://10.", "  endpont: https://10."),
 		reason:   "NodeConfigInvalid",
 		want:     []string{"NodeConfig line 5: cluster.endpont: no such field; did you mean endpoint?"},
 	},
 	{
-		name:     "wrong type",
+		name: "wrong type", whole: true,
 		userData: replace("network:\n", "network:\n  enis: many\n"),
 		reason:   "NodeConfigInvalid",
 		want:     []string{`NodeConfig line *: network.enis: found the text "many", expected a whole number`},
 	},
 	{
-		name: "two NodeConfig parts",
+		name: "two NodeConfig parts", whole: true,
 		userData: func(t *testing.T, _ *Lab, v NodeConfigValues) []byte {
 			part := "--b\r\nContent-Type: application/vnd.tkenode.nodeconfig+yaml\r\n\r\n" + text(t, v) + "\r\n"
 			return []byte("MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=\"b\"\r\n\r\n" + part + part + "--b--\r\n")
@@ -104,7 +105,7 @@ var badInputs = []badInput{
 		want:   []string{"user-data parts 1 and 2 are both a NodeConfig; keep one of them"},
 	},
 	{
-		name: "wrong CA",
+		name: "wrong CA", whole: true,
 		userData: func(t *testing.T, l *Lab, v NodeConfigValues) []byte {
 			v.ClusterCA = l.ca.pem
 			return []byte(text(t, v))
@@ -114,7 +115,7 @@ var badInputs = []badInput{
 			"; cluster.certificateAuthority must be the CA of the cluster that cluster.endpoint belongs to"},
 	},
 	{
-		name: "expired token",
+		name: "expired token", whole: true,
 		userData: func(t *testing.T, l *Lab, v NodeConfigValues) []byte {
 			token, err := l.Cluster.NewBootstrapToken(t.Context(), -time.Minute)
 			if err != nil {
@@ -152,7 +153,7 @@ var badInputs = []badInput{
 		},
 	},
 	{
-		name: "metadata late",
+		name: "metadata late", whole: true,
 		fault: func(_ *testing.T, l *Lab) {
 			l.Region.InjectMetadata(cloud.MetadataFault{For: time.Minute, Silent: true})
 		},
@@ -161,7 +162,7 @@ var badInputs = []badInput{
 		heal:   func(*testing.T, *Lab) {}, // after a minute
 	},
 	{
-		name: "metadata answers 500",
+		name: "metadata answers 500", whole: true,
 		fault: func(_ *testing.T, l *Lab) {
 			l.Region.InjectMetadata(cloud.MetadataFault{For: time.Hour, Status: http.StatusInternalServerError})
 		},
@@ -170,7 +171,7 @@ var badInputs = []badInput{
 		heal:   func(_ *testing.T, l *Lab) { l.Region.ClearFaults() },
 	},
 	{
-		name:      "disk with a file system",
+		name: "disk with a file system", whole: true,
 		disk:      makeExt4,
 		condition: node.DisksReady, reason: "Foreign",
 		want: []string{`disk-* (/dev/vd*, 1 GiB) is not blank and not tkenode's: it holds ext4 (uuid *, label "precious"); nothing was written; ` + adoptFix + foreignFix},
@@ -197,7 +198,7 @@ var badInputs = []badInput{
 		heal: func(_ *testing.T, l *Lab) { l.Net.SetClock(0, true) },
 	},
 	{
-		name:   "clock two hours behind",
+		name: "clock two hours behind", whole: true,
 		fault:  func(_ *testing.T, l *Lab) { l.Net.SetClock(-2*time.Hour, true) },
 		reason: "ClockSkewed",
 		want: []string{"this node's clock says *, API server https://10.0.0.10:6443's says *: *h*m*s behind" +
@@ -246,6 +247,9 @@ func TestNodeBadInput(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, c := range badInputs {
+		if c.whole && !*whole {
+			continue
+		}
 		t.Run(c.name, func(t *testing.T) { c.run(t, l) })
 	}
 }

@@ -62,10 +62,10 @@ func found(t *testing.T, l *Lab, c *CVM) map[string]string {
 	return all
 }
 
-// TestNodeDiskForms: a node with 20 disks, of which the NodeConfig says only what a
+// TestCampaignDiskForms: a node with 20 disks, of which the NodeConfig says only what a
 // TKE nodepool does, has each at its place, and has it there again although the
 // machine starts with its devices the other way round.
-func TestNodeDiskForms(t *testing.T) {
+func TestCampaignDiskForms(t *testing.T) {
 	l := startLab(t)
 	archive := l.Region.CreateDisk("", cloud.DiskSpec{SizeGiB: places["/archive"].sizeGiB}).ID
 	sizes := append([]int{40, 20, 30}, slices.Repeat([]int{10}, spares)...)

@@ -25,9 +25,9 @@ const (
 	growSecret  = "disk-grow0003" // ext4, encrypted
 )
 
-// TestNodeDiskGrow resizes disks under a node: while they are mounted, while the agent
+// TestCampaignDiskGrow resizes disks under a node: while they are mounted, while the agent
 // is killed, and while the machine is off; and attaches others, which are not ours.
-func TestNodeDiskGrow(t *testing.T) {
+func TestCampaignDiskGrow(t *testing.T) {
 	l := startLab(t)
 	if err := l.FromSnapshot(within(t, 8*time.Minute)); err != nil {
 		t.Fatal(err)
@@ -45,10 +45,8 @@ func TestNodeDiskGrow(t *testing.T) {
 
 	t.Run("mounted", func(t *testing.T) { testGrowMounted(t, l, c) })
 	t.Run("others", func(t *testing.T) { testOthers(t, l, c) })
-	if *whole {
-		t.Run("killed", func(t *testing.T) { testGrowKilled(t, l, c) })
-		t.Run("encrypted", func(t *testing.T) { testGrowEncrypted(t, l, c) })
-	}
+	t.Run("killed", func(t *testing.T) { testGrowKilled(t, l, c) })
+	t.Run("encrypted", func(t *testing.T) { testGrowEncrypted(t, l, c) })
 	t.Run("off", func(t *testing.T) {
 		if err := l.PowerOff(within(t, 3*time.Minute), c); err != nil {
 			t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -18,11 +19,12 @@ import (
 	"github.com/tkenode/tkenode/agent/api"
 	"github.com/tkenode/tkenode/agent/node"
 	"github.com/tkenode/tkenode/images"
+	"github.com/tkenode/tkenode/lab/cloud"
 )
 
-// whole is set by make campaign-disk: the tests of disks run every part. make test runs
-// those that no test without a virtual machine can stand for.
-var whole = flag.Bool("whole", false, "run every part of the tests of disks")
+// whole is set by the campaigns: the tests run every part, and TestCampaign… run at all.
+// make test runs those that no test without a virtual machine can stand for.
+var whole = flag.Bool("whole", false, "run every part of a test")
 
 // artifacts returns what `tkelab build` has built; the test builds what is
 // missing, so that it can be run by itself.
@@ -197,6 +199,12 @@ func TestNodeLifecycle(t *testing.T) {
 			t.Errorf("mounted at /var/lib/containerd: %s", out)
 		}
 		mountUnits(t, l, c)
+	})
+	t.Run("disk grows", func(t *testing.T) {
+		disks := l.Region.Snapshot().Disks
+		i := slices.IndexFunc(disks, func(d cloud.Disk) bool { return d.Instance == c.ID && !d.System })
+		l.resize(t, disks[i].ID, 30)
+		l.grown(t, c, node.ContainerdRoot, 27)
 	})
 	t.Run("seed", func(t *testing.T) {
 		out := l.mustRun(t, c, "journalctl -b -o cat -u tkenode-agent | grep -E 'seed /var/lib/containerd|import localhost/' || true; ls -A /var/lib/containerd | grep tkenode-seed || true")

@@ -81,10 +81,10 @@ esac
 END
 chmod +x /usr/local/sbin/*`
 
-// TestNodeDiskStack: a stripe and an encrypted disk are made by an agent that is killed
+// TestCampaignDiskStack: a stripe and an encrypted disk are made by an agent that is killed
 // at every step of it, live through what happens to machines, and are left alone when
 // a disk is not what it was.
-func TestNodeDiskStack(t *testing.T) {
+func TestCampaignDiskStack(t *testing.T) {
 	l := startLab(t)
 	if err := l.FromSnapshot(within(t, 8*time.Minute)); err != nil {
 		t.Fatal(err)
@@ -92,21 +92,17 @@ func TestNodeDiskStack(t *testing.T) {
 	n := &stacks{l, t, launchWith(t, l, stackConfig)}
 	began := time.Now()
 	for _, step := range []struct {
-		name   string
-		run    func()
-		always bool
-	}{{"made", n.make, true}, {"restarted", n.restart, true}, {"grown", n.grow, false}, {"power cycle", n.powerCycle, true}, {"torn out", n.tornOut, true}, {"swapped", n.swap, false}, {"keys", n.keys, false}} {
-		if !step.always && !*whole {
-			continue
-		}
+		name string
+		run  func()
+	}{{"made", n.make}, {"restarted", n.restart}, {"grown", n.grow}, {"power cycle", n.powerCycle}, {"torn out", n.tornOut}, {"swapped", n.swap}, {"keys", n.keys}} {
 		step.run()
 		t.Logf("%s after %s", step.name, time.Since(began).Round(time.Second))
 	}
 }
 
-// TestCampaignStackLent: the agent attaches the disks of a stripe, and gives them back,
+// TestCampaignDiskStackLent: the agent attaches the disks of a stripe, and gives them back,
 // with nothing standing on them, once the NodeConfig no longer lists it.
-func TestCampaignStackLent(t *testing.T) {
+func TestCampaignDiskStackLent(t *testing.T) {
 	l := startLab(t)
 	if err := l.FromSnapshot(within(t, 8*time.Minute)); err != nil {
 		t.Fatal(err)

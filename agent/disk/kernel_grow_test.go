@@ -50,7 +50,7 @@ func (b *bench) used(t *testing.T) int64 {
 }
 
 // capable reports whether this machine lets an ext4 grow while it is mounted. Where
-// it does not, the module has to say so; TestNodeDiskGrow grows it in any case.
+// it does not, the module has to say so; TestCampaignDiskGrow grows it in any case.
 func capable(t *testing.T, fs node.FileSystem, b *bench) bool {
 	t.Helper()
 	if fs != node.Ext4 || mayResize() {
