@@ -186,8 +186,10 @@ func (n *Network) startStack() error {
 		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6},
 		HandleLocal:        true, // from one lab address to another
 	})
-	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
-	for _, option := range []tcpip.SettableTransportProtocolOption{&sack, &moderate} {
+	// Without RACK: a full queue drops many segments in a row, and its recovery may then go
+	// on for half a minute with one segment in every timeout.
+	sack, moderate, recovery := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true), tcpip.TCPRecovery(0)
+	for _, option := range []tcpip.SettableTransportProtocolOption{&sack, &moderate, &recovery} {
 		if err := n.stack.SetTransportProtocolOption(tcp.ProtocolNumber, option); err != nil {
 			return errors.New(err.String())
 		}
