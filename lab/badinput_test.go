@@ -243,7 +243,7 @@ func makeExt4(t *testing.T, path string) {
 // machine of its own that goes on from the same snapshot.
 func TestNodeBadInput(t *testing.T) {
 	l := startLab(t)
-	if err := l.FromSnapshot(within(t, 8*time.Minute)); err != nil {
+	if err := l.FromSnapshot(within(t, 8*time.Minute), 2); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range badInputs {

@@ -31,7 +31,7 @@ var (
 // TestNodeDiskLoss: disks that go ill, or go away, under a node that works.
 func TestNodeDiskLoss(t *testing.T) {
 	l := startLab(t)
-	if err := l.FromSnapshot(within(t, 8*time.Minute)); err != nil {
+	if err := l.FromSnapshot(within(t, 8*time.Minute), 2); err != nil {
 		t.Fatal(err)
 	}
 	disks := fmt.Sprintf("disks:\n  - {diskID: %s, fileSystem: ext4, mountPoint: %s}\n  - {diskID: %s, fileSystem: ext4, mountPoint: /data}\n",

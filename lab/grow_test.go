@@ -29,7 +29,7 @@ const (
 // is killed, and while the machine is off; and attaches others, which are not ours.
 func TestCampaignDiskGrow(t *testing.T) {
 	l := startLab(t)
-	if err := l.FromSnapshot(within(t, 8*time.Minute)); err != nil {
+	if err := l.FromSnapshot(within(t, 8*time.Minute), 2); err != nil {
 		t.Fatal(err)
 	}
 	disks := fmt.Sprintf("disks:\n  - {diskID: %s, fileSystem: ext4, mountPoint: /var/lib/containerd}\n  - {diskID: %s, fileSystem: xfs, mountPoint: /data/xfs}\n"+

@@ -30,6 +30,7 @@ type host struct {
 	mu       sync.Mutex        // guards the rest
 	images   map[string]string // files by id
 	snapshot string            // machines go on from here instead of booting; empty: they boot
+	cpus     int               // that it was taken with
 	machines map[string]*machine
 	launched map[string]*Timeline // by instance, from before the machine runs
 }
@@ -110,7 +111,7 @@ func (h *host) addImage(id, file string) {
 // Run starts an instance and follows its console.
 func (h *host) Run(ctx context.Context, m cloud.Machine) error {
 	h.mu.Lock()
-	image, snapshot, timeline := h.images[m.Image], h.snapshot, h.timelineLocked(m.Instance)
+	image, snapshot, cpus, timeline := h.images[m.Image], h.snapshot, h.cpus, h.timelineLocked(m.Instance)
 	h.mu.Unlock()
 	spec := cvm.Spec{
 		Name: m.Instance, UUID: m.UUID, Dir: h.machineDir(m.Instance), Image: image,
@@ -131,7 +132,7 @@ func (h *host) Run(ctx context.Context, m cloud.Machine) error {
 	var vm *cvm.Machine
 	var err error
 	if snapshot != "" {
-		spec.CPUs, spec.MemoryMiB = 0, 0 // what the snapshot was taken with
+		spec.CPUs, spec.MemoryMiB = cpus, 0 // what the snapshot was taken with
 		vm, err = cvm.Restore(ctx, spec, snapshot)
 		spec.Config = nil // it is the snapshot's, also when the machine is started again
 	} else {

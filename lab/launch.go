@@ -152,20 +152,22 @@ func (l *Lab) Launch(ctx context.Context, s LaunchSpec) (*CVM, error) {
 // costs a boot where Options.Cache has none of this image.
 //
 // They know of their instance only what the metadata service says: cloud-init has
-// run before, with the user-data of nobody, and has brought the login key.
-func (l *Lab) FromSnapshot(ctx context.Context) error {
-	spec := cvm.Spec{Image: l.options.Image, Config: &cvm.ConfigDrive{
+// run before, with the user-data of nobody, and has brought the login key. They have cpus
+// processors, whatever their type: more of them in all machines than the host has wait for
+// each other, since one that holds a lock may have none of the host's.
+func (l *Lab) FromSnapshot(ctx context.Context, cpus int) error {
+	spec := cvm.Spec{Image: l.options.Image, CPUs: cpus, Config: &cvm.ConfigDrive{
 		InstanceID: "ins-snapshot", Hostname: "snapshot", PublicKeys: []string{l.key.public},
 	}}
 	// The last words of cloud-init's last stage; bootstrap waits for metadata long before.
 	const booted = "Datasource DataSourceConfigDrive"
-	path, err := cvm.Cached(ctx, filepath.Join(l.options.Cache, "snapshots"), "node", spec, booted)
+	path, err := cvm.Cached(ctx, filepath.Join(l.options.Cache, "snapshots"), fmt.Sprintf("node-%d-cpus", cpus), spec, booted)
 	if err != nil {
 		return err
 	}
 	l.host.mu.Lock()
 	defer l.host.mu.Unlock()
-	l.host.snapshot = path
+	l.host.snapshot, l.host.cpus = path, cpus
 	return nil
 }
 

@@ -60,7 +60,7 @@ type service struct {
 // them: each way of a packet, and nothing that the VPC drops for its source.
 func TestNodeNetwork(t *testing.T) {
 	l := startLab(t)
-	if err := l.FromSnapshot(within(t, 8*time.Minute)); err != nil {
+	if err := l.FromSnapshot(within(t, 8*time.Minute), 1); err != nil {
 		t.Fatal(err)
 	}
 	n := &network{Lab: l, t: t}

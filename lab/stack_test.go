@@ -86,7 +86,7 @@ chmod +x /usr/local/sbin/*`
 // a disk is not what it was.
 func TestCampaignDiskStack(t *testing.T) {
 	l := startLab(t)
-	if err := l.FromSnapshot(within(t, 8*time.Minute)); err != nil {
+	if err := l.FromSnapshot(within(t, 8*time.Minute), 2); err != nil {
 		t.Fatal(err)
 	}
 	n := &stacks{l, t, launchWith(t, l, stackConfig)}
@@ -104,7 +104,7 @@ func TestCampaignDiskStack(t *testing.T) {
 // with nothing standing on them, once the NodeConfig no longer lists it.
 func TestCampaignDiskStackLent(t *testing.T) {
 	l := startLab(t)
-	if err := l.FromSnapshot(within(t, 8*time.Minute)); err != nil {
+	if err := l.FromSnapshot(within(t, 8*time.Minute), 2); err != nil {
 		t.Fatal(err)
 	}
 	one, two := l.Region.CreateDisk("", cloud.DiskSpec{SizeGiB: 1}).ID, l.Region.CreateDisk("", cloud.DiskSpec{SizeGiB: 1}).ID
