@@ -66,6 +66,8 @@ campaign-eni: setup build ## break the network of pods at random, by a seed (SEE
 	TKE_ENI='$(CURDIR)/bin/tke-eni' $(GO) test -tags kernel -count=1 -timeout 2h -run '^TestKernelCampaign' -exec '$(SUDO)' ./agent/eni/ \
 		-campaign $(CURDIR)/out/campaign-eni.jsonl -seed $(or $(SEED),1) -commit $$(git rev-parse --short HEAD)
 	@cat out/campaign-eni.jsonl
+	@$(LAB) build
+	$(GO) test -tags node -count=1 -v -timeout 1h -run '^TestNodeNetwork$$' ./lab/ -whole
 
 campaign-disk: setup build ## break disks, their content and the agent at random, by a seed (SEED=1); goes on where it was interrupted; root
 	@mkdir -p out

@@ -82,7 +82,9 @@ func TestNodeNetwork(t *testing.T) {
 	n.populate()
 	n.ways()
 	n.adversary()
-	n.supervised()
+	if *whole {
+		n.supervised()
+	}
 }
 
 // populate runs the pods and creates the Services.
