@@ -22,8 +22,8 @@ import (
 	"github.com/tkenode/tkenode/lab/cloud"
 )
 
-// whole is set by the campaigns: the tests run every part, and TestCampaign… run at all.
-// make test runs those that no test without a virtual machine can stand for.
+// whole is set by the campaigns, which run every part of a test, and those that are called
+// TestCampaign…. make test runs the parts that only a virtual machine can show.
 var whole = flag.Bool("whole", false, "run every part of a test")
 
 // artifacts returns what `tkelab build` has built; the test builds what is
